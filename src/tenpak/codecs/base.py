@@ -1,0 +1,202 @@
+"""The codec contract: what turns a weight matrix into a payload and back.
+
+A codec is a frozen dataclass whose fields are its JSON configuration. It sees a plain matrix ``[out, in]`` in floating
+point; orientation, stacked experts and tied weights are the checkpoint layer's business. ``decode`` reads the payload
+and nothing else, and distrusts it. Fields that only guide the encoder (how to round, whether to search) are part of
+the configuration, so that an artifact says how it was made, but ``decode`` ignores them.
+
+The bytes that a codec writes are frozen by its ``id``: the number after the slash changes when they do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from tenpak.errors import CodecError, InvalidPayloadError, RecipeError
+
+__all__ = ["Codec", "Field", "Payload", "Statistics", "require_matrix"]
+
+
+@dataclass(frozen=True)
+class Field:
+    """One tensor of a payload, described without its data.
+
+    Attributes:
+        name: name within the payload, e.g. ``"codes"``.
+        dtype: torch dtype of the tensor.
+        shape: its shape.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Payload:
+    """An encoded weight: everything that decoding needs.
+
+    Attributes:
+        codec: the codec's JSON configuration, ``{"id": ..., **fields}``.
+        shape: ``(out, in)`` of the weight.
+        dtype: dtype of the source weight (``torch.float32`` and so on); informative, decoding gives FP32.
+        tensors: the payload's tensors in the order in which they are stored.
+    """
+
+    codec: Mapping[str, Any]
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def bits(self) -> int:
+        """Measured size of the tensors in bits."""
+        return 8 * sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    def to(self, device: torch.device | str) -> Payload:
+        """The same payload with its tensors on ``device``."""
+        return dataclasses.replace(self, tensors={k: t.to(device) for k, t in self.tensors.items()})
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What calibration knows about one weight ``[out, in]``; any field may be None.
+
+    Attributes:
+        hessian: E[x xᵀ] over the weight's inputs, FP32 ``[in, in]``. Its diagonal weighs the columns in a search.
+        output_curvature: E[(∂ℓ/∂y)²] per output, FP32 ``[out]``. Weighs the rows.
+    """
+
+    hessian: Tensor | None = None
+    output_curvature: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Codec(ABC):
+    """Base of all codecs; subclasses are frozen dataclasses with JSON-compatible fields (or codecs) only."""
+
+    id: ClassVar[str]
+
+    @abstractmethod
+    def encode(self, weight: Tensor, statistics: Statistics | None = None) -> Payload:
+        """Encode ``weight``, a finite floating-point matrix ``[out, in]``.
+
+        Raises:
+            UnsupportedShapeError: the codec does not accept this shape.
+            CodecError: the weight is not a finite floating-point matrix, or exceeds the codec's range.
+        """
+
+    @abstractmethod
+    def decode(self, payload: Payload) -> Tensor:
+        """The reconstructed weight, FP32 ``[out, in]``, on the payload's device.
+
+        Raises:
+            InvalidPayloadError: the tensors are not what configuration and shape imply.
+        """
+
+    def fields(self, shape: tuple[int, int]) -> tuple[Field, ...] | None:
+        """The payload's tensors for a weight of this shape, in stored order; None where only coding can tell."""
+        return None
+
+    def estimate_bits(self, shape: tuple[int, int]) -> int | None:
+        """Exact size in bits of a payload for this shape, or None where the rate is only known after coding."""
+        fields = self.fields(shape)
+        return None if fields is None else 8 * sum(f.nbytes for f in fields)
+
+    # Runtime: what ``prepare`` returns stays in memory; products and look-ups work from it. --------------------------
+
+    def prepare(self, payload: Payload) -> Any:
+        """The runtime form of a payload, made once at load. By default the payload itself, decoded at each use."""
+        return payload
+
+    def matmul(self, x: Tensor, prepared: Any) -> Tensor:
+        """``x @ W.T`` for ``x`` of shape ``[..., in]``, in the dtype of ``x``."""
+        return torch.nn.functional.linear(x, self.decode(prepared).to(x.dtype))
+
+    def rows(self, prepared: Any, indices: Tensor) -> Tensor:
+        """Rows ``indices`` (int64, any shape) of the decoded weight, FP32 ``[*indices.shape, in]``: a look-up."""
+        return self.decode(prepared)[indices]
+
+    # Configuration -----------------------------------------------------------------------------------------------
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON configuration: ``{"id": ..., **fields}``, nested codecs included."""
+        config: dict[str, Any] = {"id": self.id}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            config[field.name] = value.to_json() if isinstance(value, Codec) else value
+        return config
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> Self:
+        """The codec of a configuration whose ``id`` is this class's (``registry.from_json`` finds the class).
+
+        Raises:
+            RecipeError: a field is unknown, missing, of the wrong type or out of range.
+        """
+        from tenpak.codecs import registry  # the registry imports codecs lazily; at import time it would be a cycle
+
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(config) - known - {"id"})
+        if unknown:
+            raise RecipeError(
+                f"codec {cls.id} has no field {', '.join(map(repr, unknown))}",
+                hint=f"its fields are {', '.join(sorted(known)) or 'none'}",
+            )
+        values = {
+            key: registry.from_json(value) if isinstance(value, Mapping) else value
+            for key, value in config.items()
+            if key != "id"
+        }
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise RecipeError(f"codec {cls.id}: {error}") from error
+
+    # Help for subclasses -----------------------------------------------------------------------------------------
+
+    def payload(self, weight: Tensor, tensors: Mapping[str, Tensor]) -> Payload:
+        """The payload of ``weight`` with these tensors."""
+        return Payload(self.to_json(), (weight.shape[0], weight.shape[1]), weight.dtype, dict(tensors))
+
+    def checked(self, payload: Payload) -> Mapping[str, Tensor]:
+        """The payload's tensors after comparing them with ``fields``; for fixed-rate codecs.
+
+        Raises:
+            InvalidPayloadError: a tensor is missing, unexpected, or of another dtype or shape.
+        """
+        expected = {f.name: (f.dtype, f.shape) for f in self.fields(payload.shape) or ()}
+        found = {name: (t.dtype, tuple(t.shape)) for name, t in payload.tensors.items()}
+        if expected != found:
+            raise InvalidPayloadError(
+                f"payload of {self.id} for shape {payload.shape} holds {found}, expected {expected}",
+                hint="the artifact is damaged or was written by another version",
+            )
+        return payload.tensors
+
+
+def require_matrix(weight: Tensor) -> None:
+    """Raise CodecError unless ``weight`` is a non-empty floating-point matrix of finite values."""
+    if weight.ndim != 2 or weight.numel() == 0 or not weight.is_floating_point():
+        raise CodecError(
+            f"a codec takes a non-empty floating-point matrix [out, in], got {weight.dtype} {tuple(weight.shape)}"
+        )
+    # min and max propagate NaN and infinities and, unlike isfinite().all(), need no temporary of the weight's size.
+    low, high = torch.aminmax(weight)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise CodecError(
+            "the weight holds NaN or infinite values",
+            hint="the checkpoint is broken: obtain it again, or repair that tensor",
+        )

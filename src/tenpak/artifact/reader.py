@@ -1,0 +1,185 @@
+"""Opening an artifact: everything is checked against everything else before memory is taken for any weight."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tenpak.artifact.schema import CODES_SUFFIX, MANIFEST_NAME, Manifest, WeightEntry, load_manifest
+from tenpak.checkpoint.header import DTYPE_BYTES, TensorInfo, read_header, weight_bytes
+from tenpak.errors import ArtifactError, CheckpointError, CodecError, CorruptArtifactError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tenpak.codecs.base import Payload
+
+__all__ = ["Artifact", "open_artifact"]
+
+_SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An opened artifact; opening reads headers and the manifest, no weights.
+
+    Attributes:
+        folder: where it is.
+        config: its ``config.json``.
+        manifest: its manifest, validated.
+        tensors: stored name (``<name>_codes`` for compressed ones) → dtype, shape and place.
+        files: its weight files.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    manifest: Manifest
+    tensors: Mapping[str, TensorInfo]
+    files: tuple[Path, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the weight files on disk, headers included."""
+        return weight_bytes(self.files)
+
+    def read_blob(self, name: str, *, verify: bool = True) -> Tensor:
+        """The payload bytes of compressed tensor ``name``, uint8 ``[n]``.
+
+        Raises:
+            CorruptArtifactError: the bytes are not those that were written (unless ``verify`` is False).
+        """
+        return self._read(name + CODES_SUFFIX, self.manifest.weights[name].sha256, verify)
+
+    def read_dense(self, name: str, *, verify: bool = True) -> Tensor:
+        """A tensor that is stored as it was. Raises as ``read_blob`` does."""
+        return self._read(name, self.manifest.dense[name].sha256, verify)
+
+    def payloads(self, name: str, *, verify: bool = True) -> list[Payload]:
+        """The payloads of compressed tensor ``name``, one per matrix. Raises as ``read_blob`` does."""
+        from tenpak.artifact.blob import split
+
+        return split(self.read_blob(name, verify=verify), self.manifest.weights[name])
+
+    def decode(self, name: str, *, verify: bool = True) -> Tensor:
+        """Compressed tensor ``name`` decoded: FP32, in the shape and orientation of the source checkpoint."""
+        import torch
+
+        from tenpak.codecs import registry
+
+        entry = self.manifest.weights[name]
+        codec = registry.from_json(entry.codec)
+        matrices = [codec.decode(payload) for payload in self.payloads(name, verify=verify)]
+        if entry.transposed:
+            matrices = [matrix.T for matrix in matrices]
+        return torch.stack(matrices).reshape(entry.shape)
+
+    def _read(self, stored: str, sha256: str, verify: bool) -> Tensor:
+        from tenpak.checkpoint.source import read_tensor
+
+        try:
+            tensor = read_tensor(self.tensors[stored])
+        except CheckpointError as error:
+            raise CorruptArtifactError(str(error), hint=error.hint) from error
+        if verify:
+            import torch
+
+            data = tensor.reshape(-1).view(torch.uint8)
+            if hashlib.sha256(data.numpy()).hexdigest() != sha256:
+                raise _changed(self.folder, stored)
+        return tensor
+
+
+def open_artifact(folder: str | Path) -> Artifact:
+    """Open an artifact folder for reading.
+
+    Raises:
+        ArtifactError: there is no artifact.
+        FormatVersionError: another version of the format.
+        CorruptArtifactError: manifest, headers and files contradict each other or themselves.
+        UnknownCodecError: a codec that is not installed.
+    """
+    from tenpak.checkpoint.source import is_artifact, read_config  # imported late: they bring torch
+
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder} is not a folder", hint="give the folder that `tenpak compress -o` wrote")
+    if not is_artifact(folder):
+        raise ArtifactError(f"{folder} is not a tenpak artifact", hint="make one with `tenpak compress MODEL -o OUT`")
+    manifest = load_manifest(folder / MANIFEST_NAME)
+    files = tuple(sorted(path for path in folder.glob("*.safetensors")))
+    if not files or any(not _SHARD.fullmatch(file.name) for file in files):
+        raise CorruptArtifactError(f"{folder} does not hold exactly its weight files", hint="obtain it again")
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        try:
+            header = read_header(file)
+        except CheckpointError as error:
+            raise CorruptArtifactError(str(error), hint=error.hint) from error
+        if tensors.keys() & header.keys():
+            raise CorruptArtifactError(f"{file.name} repeats a tensor of another weight file")
+        tensors |= header
+    _check(manifest, tensors)
+    return Artifact(folder, read_config(folder), manifest, tensors, files)
+
+
+def _check(manifest: Manifest, tensors: Mapping[str, TensorInfo]) -> None:
+    expected = {name + CODES_SUFFIX for name in manifest.weights} | set(manifest.dense)
+    if expected != tensors.keys():
+        missing, extra = sorted(expected - tensors.keys()), sorted(tensors.keys() - expected)
+        what = f"lacks {missing[0]!r}" if missing else f"holds {extra[0]!r}, which the manifest does not list"
+        raise CorruptArtifactError(f"the artifact {what}", hint="obtain it again: all weight files belong together")
+    if len(expected) != len(manifest.weights) + len(manifest.dense):
+        raise CorruptArtifactError("the manifest lists a tensor twice")
+    for name, dense in manifest.dense.items():
+        info = tensors[name]
+        if (info.dtype, info.shape) != (dense.dtype, dense.shape):
+            raise CorruptArtifactError(f"tensor {name!r} is stored as {info.dtype} {list(info.shape)}, not as listed")
+    for name, entry in manifest.weights.items():
+        _check_weight(name, entry, tensors[name + CODES_SUFFIX])
+    for name, source in manifest.tied.items():
+        if source not in expected and source not in manifest.weights:
+            raise CorruptArtifactError(f"{name!r} is tied to {source!r}, which is not there")
+
+
+def _check_weight(name: str, entry: WeightEntry, info: TensorInfo) -> None:
+    from tenpak.artifact.blob import field_bytes, matrix_shape
+    from tenpak.checkpoint.source import dtype_name
+    from tenpak.codecs import registry
+
+    def wrong(why: str) -> CorruptArtifactError:
+        return CorruptArtifactError(f"weight {name!r}: {why}", hint="obtain the artifact again")
+
+    if len(entry.shape) not in (2, 3) or 0 in entry.shape:
+        raise wrong(f"shape {list(entry.shape)} is not that of matrices")
+    if entry.dtype not in ("F64", "F32", "F16", "BF16"):
+        raise wrong(f"dtype {entry.dtype!r} is not a floating-point dtype")
+    if any(spec.dtype not in DTYPE_BYTES for layout in entry.payloads for spec in layout.fields):
+        raise wrong("a payload field has an unknown dtype")
+    nbytes = sum(layout.count * sum(map(field_bytes, layout.fields)) for layout in entry.payloads)
+    if info.dtype != "U8" or info.shape != (nbytes,) or 8 * nbytes != entry.bits:
+        raise wrong(f"its payloads take {nbytes} bytes, the file stores {info.dtype} {list(info.shape)}")
+    matrices = entry.shape[0] if len(entry.shape) == 3 else 1
+    if sum(layout.count for layout in entry.payloads) != matrices:
+        raise wrong(f"it needs {matrices} payloads")
+    try:
+        codec = registry.from_json(entry.codec)
+        fields = codec.fields(matrix_shape(entry))
+    except CodecError as error:
+        if isinstance(error, LookupError):
+            raise
+        raise wrong(str(error)) from error
+    if fields is not None:
+        implied = [(field.name, dtype_name(field.dtype), field.shape) for field in fields]
+        for layout in entry.payloads:
+            if implied != [(spec.name, spec.dtype, spec.shape) for spec in layout.fields]:
+                raise wrong(f"its fields are not those that {codec.id} writes for {list(entry.shape)}")
+
+
+def _changed(folder: Path, stored: str) -> CorruptArtifactError:
+    return CorruptArtifactError(
+        f"the bytes of {stored!r} in {folder.name} are not those that were written", hint="obtain the artifact again"
+    )

@@ -1,0 +1,66 @@
+"""Is this folder, bit for bit, what was written? Streams every byte once, in constant memory."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from tenpak.artifact.reader import open_artifact
+from tenpak.artifact.schema import CODES_SUFFIX
+from tenpak.checkpoint.header import TensorInfo
+
+__all__ = ["Verification", "verify"]
+
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Result of ``verify``: what was checked, and every problem found (none: the artifact is intact)."""
+
+    tensors: int
+    bytes: int
+    problems: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+def verify(folder: str | Path) -> Verification:
+    """Check every tensor and file of an artifact against the hashes in its manifest.
+
+    Raises:
+        ArtifactError: there is no artifact, or its manifest or headers are broken, so that nothing can be compared.
+    """
+    artifact = open_artifact(folder)
+    manifest = artifact.manifest
+    expected = {name + CODES_SUFFIX: entry.sha256 for name, entry in manifest.weights.items()}
+    expected |= {name: entry.sha256 for name, entry in manifest.dense.items()}
+    problems = [
+        f"the bytes of tensor {name!r} are not those that were written"
+        for name, info in artifact.tensors.items()
+        if _hash(info.file, info) != expected[name]
+    ]
+    for name, sha256 in manifest.files.items():
+        path = artifact.folder / name
+        if Path(name).name != name or not path.is_file():
+            problems.append(f"file {name!r} is missing")
+        elif _hash(path) != sha256:
+            problems.append(f"file {name!r} is not the one that was written")
+    return Verification(len(artifact.tensors), artifact.bytes, tuple(problems))
+
+
+def _hash(path: Path, info: TensorInfo | None = None) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(info.start if info else 0)
+        left = info.nbytes if info else path.stat().st_size
+        while left > 0:
+            chunk = file.read(min(left, _CHUNK))
+            if not chunk:
+                break
+            digest.update(chunk)
+            left -= len(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,5 @@
+"""``python -m tenpak``."""
+
+from tenpak.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""Deciding which codec each weight gets."""

@@ -1,0 +1,121 @@
+"""The plan: every tensor of the checkpoint, and the codec it gets or the reason why it stays dense.
+
+A bare recipe covers the matrices of the blocks, experts included. Embeddings and the head take ``int8:row`` unless they
+are set. ``--set PATTERN=RECIPE`` decides for the tensors that the pattern matches; the last match wins. A pattern is
+compared with the tensor's name, with the name without ``.weight``, and with every dotted tail of both.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from tenpak.checkpoint.structure import Weight
+from tenpak.codecs.base import Codec
+from tenpak.codecs.uniform import Uniform
+from tenpak.errors import RecipeError
+
+__all__ = ["EMBEDDING_CODEC", "Override", "Plan", "PlanEntry", "make_plan"]
+
+EMBEDDING_CODEC = Uniform(bits=8, group=None, symmetric=True)
+
+
+@dataclass(frozen=True)
+class Override:
+    """What ``--set PATTERN=RECIPE`` says; a codec of None leaves the tensor dense."""
+
+    pattern: str
+    codec: Codec | None
+
+
+@dataclass(frozen=True)
+class PlanEntry:
+    """One tensor: its codec, or None and the reason."""
+
+    weight: Weight
+    codec: Codec | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An entry per tensor of the checkpoint, in the order in which they are stored."""
+
+    entries: tuple[PlanEntry, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Elements of the model's parameters, tied ones once; buffers and unused tensors do not count."""
+        return sum(e.weight.numel for e in self.entries if _is_parameter(e.weight))
+
+
+def make_plan(weights: Sequence[Weight], codec: Codec | None, overrides: Sequence[Override] = ()) -> Plan:
+    """Give every weight its codec.
+
+    Raises:
+        RecipeError: an override matches nothing that can be compressed, or only some experts of a layer.
+    """
+    for override in overrides:
+        _require_match(override, weights)
+    entries = tuple(_entry(weight, codec, overrides) for weight in weights)
+    _require_whole_stacks(entries)
+    return Plan(entries)
+
+
+def _entry(weight: Weight, codec: Codec | None, overrides: Sequence[Override]) -> PlanEntry:
+    if weight.kind == "dense":
+        return PlanEntry(weight, None, weight.reason)
+    for override in reversed(overrides):
+        if _matches(override.pattern, weight.name):
+            reason = "" if override.codec else f"set dense by {override.pattern!r}"
+            return PlanEntry(weight, override.codec, reason)
+    if codec is None:
+        return PlanEntry(weight, None, "the recipe is dense")
+    if weight.kind in ("embedding", "head"):
+        return PlanEntry(weight, EMBEDDING_CODEC)
+    return PlanEntry(weight, codec)
+
+
+def _require_whole_stacks(entries: Sequence[PlanEntry]) -> None:
+    """Experts that become one parameter of the model are compressed together or not at all."""
+    dense: dict[str, bool] = {}
+    for entry in entries:
+        weight = entry.weight
+        if weight.kind == "expert" and dense.setdefault(weight.parameter, entry.codec is None) != (entry.codec is None):
+            raise RecipeError(
+                f"{weight.name!r} and other experts of {weight.parameter!r} cannot be partly dense",
+                hint="widen the pattern to all experts of the layer",
+            )
+
+
+def _is_parameter(weight: Weight) -> bool:
+    return bool(weight.parameter) and weight.tied_to is None and weight.reason != "a buffer"
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return any(fnmatch.fnmatchcase(tail, pattern) for tail in _tails(name))
+
+
+def _tails(name: str) -> Iterator[str]:
+    for full in {name, name.removesuffix(".weight")}:
+        parts = full.split(".")
+        for start in range(len(parts)):
+            yield ".".join(parts[start:])
+
+
+def _require_match(override: Override, weights: Sequence[Weight]) -> None:
+    matched = [weight for weight in weights if _matches(override.pattern, weight.name)]
+    if any(weight.kind != "dense" for weight in matched):
+        return
+    if matched:
+        raise RecipeError(
+            f"{override.pattern!r} matches only tensors that cannot be compressed, such as {matched[0].name!r}: "
+            f"{matched[0].reason}"
+        )
+    names = [weight.name for weight in weights if weight.kind != "dense"]
+    tails = {tail for name in names for tail in _tails(name) if not any(part.isdigit() for part in tail.split("."))}
+    near = difflib.get_close_matches(override.pattern.strip("*."), sorted(tails), n=3, cutoff=0.5)
+    hint = f"near: {', '.join(near)}" if near else f"names look like {names[0]!r}" if names else None
+    raise RecipeError(f"{override.pattern!r} matches no tensor", hint=hint)

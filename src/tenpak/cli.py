@@ -1,0 +1,373 @@
+"""The command line: thin verbs over the library. Results on stdout, progress and messages on stderr.
+
+Exit codes: 0 done; 1 a TenpakError, told in one line with a hint; 2 wrong usage; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from tenpak.errors import TenpakError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="tenpak",
+    help="Make decoder-only language models about ten times smaller, and prove it on the file it wrote.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+_err = Console(stderr=True, highlight=False)
+_out = Console(highlight=False)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="model folder or Hugging Face id")]
+Artifact = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="folder that `tenpak compress` wrote")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
+Remote = Annotated[bool, typer.Option("--trust-remote-code", help="let transformers run the model's own code")]
+Dtype = Annotated[str, typer.Option(help="dtype that models compute in: float32, bfloat16, float16 or auto")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, …")]
+
+
+@app.command()
+def compress(
+    model: Model,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="folder to write")] = None,
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", help="codec of the matrices; see `tenpak recipes`")
+    ] = "int4:g32",
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="PATTERN=RECIPE", help="another codec for matching tensors")
+    ] = None,
+    evaluation: Annotated[
+        str | None, typer.Option(help="text to measure on: file, folder, dataset id, or none")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="for codecs that draw random numbers")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the artifact at -o")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only predict bytes, memory, disk and time")] = False,
+    revision: Annotated[str | None, typer.Option(help="branch, tag or commit of the hub repository")] = None,
+    trust_remote_code: Remote = False,
+    as_json: Json = False,
+) -> None:
+    """Compress MODEL into an artifact and, given a text, measure what that cost."""
+    from tenpak.checkpoint.source import locate
+    from tenpak.evaluation.evaluate import DEFAULT_TEXT
+    from tenpak.pipeline import compress as run
+    from tenpak.pipeline import predict
+
+    _quiet()
+    options: dict[str, Any] = {
+        "recipe": recipe,
+        "overrides": tuple(overrides or ()),
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+    }
+    if dry_run:
+        prediction = predict(model, **options)
+        _print(prediction.to_json(), as_json, _prediction_rows(prediction), "would write")
+        return
+    if out is None:
+        raise typer.BadParameter("give -o OUT, the folder to write (or --dry-run)")
+    folder = locate(model, revision=revision)
+    if evaluation is None and (folder / DEFAULT_TEXT).is_file():
+        evaluation = str(folder / DEFAULT_TEXT)
+    elif evaluation == "none":
+        evaluation = None
+    with _progress("weights") as update:
+        report = run(
+            model, out, evaluation=evaluation, seed=seed, overwrite=overwrite, progress=_steps(update), **options
+        )
+    _print(report.to_json(), as_json, _report_rows(report.to_json()), str(out))
+    if not as_json:
+        _explain_dense(report.to_json()["dense"])
+    if evaluation is None:
+        _err.print("[dim]quality not measured; give --evaluation TEXT, or run `tenpak evaluate`[/dim]")
+
+
+@app.command()
+def inspect(artifact: Artifact, as_json: Json = False) -> None:
+    """Say what an artifact holds: sizes, codecs, what is dense and why, quality where it was measured."""
+    from tenpak.artifact.reader import open_artifact
+    from tenpak.report.report import measured
+
+    report = measured(artifact).to_json()
+    manifest = open_artifact(artifact).manifest
+    weights = {name: {"shape": list(e.shape), "codec": e.codec, "bits": e.bits} for name, e in manifest.weights.items()}
+    _print({**report, "weights": weights, "tied": manifest.tied}, as_json, _report_rows(report), str(artifact))
+    if as_json:
+        return
+    table = Table("tensor", "shape", "codec", "bits per weight", box=None, header_style="dim")
+    for name, entry in manifest.weights.items():
+        numel = 1
+        for length in entry.shape:
+            numel *= length
+        table.add_row(name, "×".join(map(str, entry.shape)), _codec_name(entry.codec), f"{entry.bits / numel:.3f}")
+    _out.print(table)
+    _explain_dense(report["dense"])
+
+
+@app.command()
+def verify(artifact: Artifact, as_json: Json = False) -> None:
+    """Check every byte of an artifact against the hashes in its manifest; exit code 1 if any differs."""
+    from tenpak.artifact.verify import verify as run
+
+    result = run(artifact)
+    if as_json:
+        _out.print_json(json.dumps({"ok": result.ok, "tensors": result.tensors, "problems": list(result.problems)}))
+    elif result.ok:
+        _out.print(f"intact: {result.tensors} tensors, {result.bytes:,} bytes of weight files")
+    for problem in result.problems:
+        _err.print(f"error: {problem}", soft_wrap=True, markup=False)
+    if not result.ok:
+        _err.print("hint: obtain the artifact again, or compress the model again", soft_wrap=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+def evaluate(
+    artifact: Artifact,
+    against: Annotated[str, typer.Option(help="the original: model folder or Hugging Face id")],
+    text: Annotated[str | None, typer.Option(help="file, folder or dataset id; default: the model's own text")] = None,
+    window: Annotated[int | None, typer.Option(help="tokens per window; default: the model's context")] = None,
+    stride: Annotated[int | None, typer.Option(help="default: min(512, window / 2)")] = None,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    memory: Annotated[bool, typer.Option("--memory", help="also measure resident memory, in fresh processes")] = False,
+    trust_remote_code: Remote = False,
+    as_json: Json = False,
+) -> None:
+    """Measure ARTIFACT against its original: perplexity, KL divergence, top-1 agreement, sizes, speed."""
+    from tenpak.evaluation.evaluate import evaluate as run
+
+    _quiet()
+    with _progress("tokens") as update:
+        result = run(
+            artifact,
+            against=against,
+            text=text,
+            window=window,
+            stride=stride,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            progress=lambda done, total: update("evaluating", done, total),
+        ).to_json()
+    if memory:
+        result["memory"] = _memory(artifact, against, dtype)
+    _print(result, as_json, _quality_rows(result), str(artifact))
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(metavar="MODEL_OR_ARTIFACT", help="folder or Hugging Face id")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="text to continue")],
+    tokens: Annotated[int, typer.Option(min=1, help="at most this many new tokens")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token")] = 0.0,
+    seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    trust_remote_code: Remote = False,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt with a model or an artifact."""
+    from tenpak.evaluation.generation import generate as run
+
+    _quiet()
+    continuation = run(
+        model,
+        prompt,
+        tokens=tokens,
+        temperature=temperature,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    if as_json:
+        _out.print_json(json.dumps({"prompt": prompt, "continuation": continuation}))
+    else:
+        _out.print(prompt + continuation, soft_wrap=True, markup=False)
+
+
+@app.command()
+def recipes(as_json: Json = False) -> None:
+    """List the presets and how recipes are written."""
+    from tenpak.recipes import PRESETS
+
+    if as_json:
+        listed = {
+            name: {"recipe": preset.recipe, "description": preset.description} for name, preset in PRESETS.items()
+        }
+        _out.print_json(json.dumps(listed))
+        return
+    table = Table("preset", "recipe", "", box=None, header_style="dim")
+    for name, preset in PRESETS.items():
+        table.add_row(name, preset.recipe, preset.description)
+    _out.print(table)
+    _out.print(
+        "A recipe is also written by hand: int4:g32, int8:row, int3:g64:search, nf4:g64, int4:g16+int2:g16, dense"
+    )
+
+
+def main() -> None:
+    """Run the command line; turns errors into one line, a hint and an exit code."""
+    signal.signal(signal.SIGTERM, _interrupt)  # so that a terminated run also cleans up
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
+    try:
+        app()
+    except TenpakError as error:
+        if debug:
+            raise
+        _err.print(f"error: {error}", soft_wrap=True, markup=False)
+        if error.hint:
+            _err.print(f"hint: {error.hint}", soft_wrap=True, markup=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        _err.print("interrupted; nothing was left behind")
+        sys.exit(130)
+    except BrokenPipeError:  # `tenpak inspect … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _quiet() -> None:
+    """Keep transformers' own bars and notes out of the way; what matters comes as an error."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@contextmanager
+def _progress(unit: str) -> Iterator[Any]:
+    """A bar on stderr with rate and time left; yields ``update(what, done, total)``."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(show_speed=True),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as progress:
+        task = progress.add_task("starting", total=None, rate="")
+
+        def update(what: str, done: int, total: int) -> None:
+            speed = progress.tasks[0].speed
+            rate = f"{speed:,.0f} {unit}/s" if speed else ""
+            progress.update(task, description=what[-48:], completed=done, total=total, rate=rate)
+
+        yield update
+
+
+def _steps(update: Any) -> Any:
+    return lambda name, done, total: update(name or "measuring", done, total)
+
+
+def _print(data: dict[str, Any], as_json: bool, rows: list[tuple[str, str]], title: str) -> None:
+    if as_json:
+        _out.print_json(json.dumps(data))
+        return
+    table = Table(title=title, title_justify="left", box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, value in rows:
+        table.add_row(name, value)
+    _out.print(table)
+
+
+def _report_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    from tenpak.report.card import size
+
+    rows = [
+        ("recipe", report["recipe"]),
+        ("weight files", f"{report['bytes']:,} bytes ({size(report['bytes'])})"),
+        ("bits per weight", f"{report['bpw']:.3f}, everything counted"),
+        ("smaller than FP32", f"{report['ratio_fp32']:.2f}×"),
+        ("smaller than the checkpoint", f"{report['ratio_checkpoint']:.2f}×"),
+    ]
+    if report["seconds"] is not None:
+        rows.append(("time", f"{report['seconds']:.1f} s"))
+    return rows + (_quality_rows(report["quality"])[3:] if report["quality"] else [])
+
+
+def _quality_rows(quality: dict[str, Any]) -> list[tuple[str, str]]:
+    from tenpak.report.card import plus_minus
+
+    rows = [
+        ("weight files", f"{quality['bytes']:,} bytes, {quality['bpw']:.3f} bits per weight"),
+        ("smaller than FP32", f"{quality['ratio_fp32']:.2f}×"),
+        ("smaller than the checkpoint", f"{quality['ratio_checkpoint']:.2f}×"),
+        ("perplexity", f"{quality['ppl_original']:.4f} → {quality['ppl']:.4f}"),
+        ("perplexity increase", plus_minus(quality, "ppl_increase", "+.2%")),
+        ("KL divergence", f"{plus_minus(quality, 'kl', '.5f')} nats per token"),
+        ("top-1 agreement", plus_minus(quality, "top1", ".2%")),
+        (
+            "measured on",
+            f"{quality['text']}: {quality['tokens']:,} tokens, windows of {quality['window']}, {quality['dtype']}",
+        ),
+        ("speed", f"{quality['tokens_per_second_original']:,.0f} → {quality['tokens_per_second']:,.0f} tokens/s"),
+    ]
+    for name, found in quality.get("memory", {}).items():
+        rows.append(
+            (f"resident, {name}", f"{(found['loaded'] - found['baseline']) / 1e6:.1f} MB over the empty process")
+        )
+    return rows
+
+
+def _prediction_rows(prediction: Any) -> list[tuple[str, str]]:
+    from tenpak.report.card import size
+
+    return [
+        ("weight files", f"{prediction.bytes:,} bytes{'' if prediction.exact else ' (estimated)'}"),
+        ("bits per weight", f"{prediction.bpw:.3f}, everything counted"),
+        ("smaller than FP32", f"{prediction.ratio_fp32:.2f}×"),
+        ("smaller than the checkpoint", f"{prediction.ratio_checkpoint:.2f}×"),
+        ("memory", f"about {size(prediction.memory)} at the peak"),
+        ("disk", f"{size(prediction.disk)} free while writing"),
+        ("time", f"about {prediction.seconds:.0f} s, without evaluation"),
+        ("left dense", f"{len(prediction.dense)} tensors"),
+    ]
+
+
+def _explain_dense(dense: dict[str, dict[str, Any]]) -> None:
+    reasons: dict[str, list[str]] = {}
+    for name, entry in dense.items():
+        reasons.setdefault(entry["reason"], []).append(name)
+    for reason, names in reasons.items():
+        _out.print(f"left dense: {len(names)} × {reason}, such as {names[0]}", soft_wrap=True, markup=False)
+
+
+def _memory(artifact: Path, against: str, dtype: str) -> dict[str, Any]:
+    from tenpak.evaluation.memory import measure_memory
+
+    found = {
+        "original": measure_memory(against, runtime="original", dtype=dtype),
+        "runtime memory": measure_memory(artifact, runtime="memory", dtype=dtype),
+        "runtime speed": measure_memory(artifact, runtime="speed", dtype=dtype),
+    }
+    return {name: memory.to_json() for name, memory in found.items()}
+
+
+def _codec_name(config: dict[str, Any]) -> str:
+    from tenpak.codecs import registry
+    from tenpak.recipes import format
+
+    return format(registry.from_json(config))

@@ -1,0 +1,1 @@
+"""What was written and what it cost: the report and the model card."""

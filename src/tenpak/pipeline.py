@@ -41,7 +41,7 @@ from tenpak.artifact.writer import (
     replace_file,
 )
 from tenpak.checkpoint.header import DTYPE_BYTES
-from tenpak.checkpoint.source import Checkpoint, open_checkpoint
+from tenpak.checkpoint.source import Checkpoint, open_checkpoint, tensor_sha256
 from tenpak.checkpoint.structure import Weight, bind, build_meta_model, check_coverage
 from tenpak.codecs.base import Codec, Payload
 from tenpak.errors import CodecError, EvaluationError
@@ -227,8 +227,8 @@ def _store(
 ) -> None:
     weight = entry.weight
     tensor = checkpoint.read(weight.name)
-    hashes[weight.name] = _sha256(tensor)
-    if weight.tied_to is not None and hashes[weight.name] == _sha256(checkpoint.read(weight.tied_to)):
+    hashes[weight.name] = tensor_sha256(tensor)
+    if weight.tied_to is not None and hashes[weight.name] == tensor_sha256(checkpoint.read(weight.tied_to)):
         tied[weight.name] = weight.tied_to
     elif entry.codec is None:
         writer.add_dense(weight.name, tensor, entry.reason)
@@ -248,10 +248,6 @@ def encode_tensor(codec: Codec, weight: Weight, tensor: Tensor) -> list[Payload]
         return [codec.encode(matrix.T if weight.transposed else matrix) for matrix in matrices]
     except CodecError as error:
         raise type(error)(f"{weight.name}: {error}", hint=error.hint) from error
-
-
-def _sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
 
 
 def _manifest(job: _Job, hashes: Mapping[str, str], tied: Mapping[str, str], seed: int) -> Manifest:
@@ -356,7 +352,7 @@ def _trial(entries: Sequence[PlanEntry], total: int) -> float:
     generator = torch.Generator().manual_seed(0)
     sample = torch.randn(256, 1024, generator=generator)
     started = time.perf_counter()
-    _sha256(sample)
+    tensor_sha256(sample)
     hashing = (time.perf_counter() - started) / (sample.numel() * 4)
     seconds += hashing * sum(e.weight.numel * DTYPE_BYTES[e.weight.dtype] for e in entries)
     for codec in {e.codec for e in entries if e.codec is not None}:

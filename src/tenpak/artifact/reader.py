@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -78,18 +77,17 @@ class Artifact:
         return torch.stack(matrices).reshape(entry.shape)
 
     def _read(self, stored: str, sha256: str, verify: bool) -> Tensor:
-        from tenpak.checkpoint.source import read_tensor
+        from tenpak.checkpoint.source import read_tensor, tensor_sha256
 
         try:
             tensor = read_tensor(self.tensors[stored])
         except CheckpointError as error:
             raise CorruptArtifactError(str(error), hint=error.hint) from error
-        if verify:
-            import torch
-
-            data = tensor.reshape(-1).view(torch.uint8)
-            if hashlib.sha256(data.numpy()).hexdigest() != sha256:
-                raise _changed(self.folder, stored)
+        if verify and tensor_sha256(tensor) != sha256:
+            raise CorruptArtifactError(
+                f"the bytes of {stored!r} in {self.folder.name} are not those that were written",
+                hint="obtain the artifact again",
+            )
         return tensor
 
 
@@ -177,9 +175,3 @@ def _check_weight(name: str, entry: WeightEntry, info: TensorInfo) -> None:
         for layout in entry.payloads:
             if implied != [(spec.name, spec.dtype, spec.shape) for spec in layout.fields]:
                 raise wrong(f"its fields are not those that {codec.id} writes for {list(entry.shape)}")
-
-
-def _changed(folder: Path, stored: str) -> CorruptArtifactError:
-    return CorruptArtifactError(
-        f"the bytes of {stored!r} in {folder.name} are not those that were written", hint="obtain the artifact again"
-    )

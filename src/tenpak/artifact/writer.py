@@ -20,7 +20,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-import torch
 from torch import Tensor
 
 from tenpak.artifact.blob import join, layouts
@@ -35,7 +34,7 @@ from tenpak.artifact.schema import (
     dump_manifest,
 )
 from tenpak.checkpoint.header import DTYPE_BYTES, encode_header
-from tenpak.checkpoint.source import dtype_name, is_artifact
+from tenpak.checkpoint.source import dtype_name, is_artifact, tensor_bytes
 from tenpak.codecs.base import Payload
 from tenpak.errors import ArtifactError, OutputExistsError, TenpakError
 
@@ -163,8 +162,7 @@ class ArtifactWriter:
         return self.out
 
     def _store(self, name: str, tensor: Tensor) -> str:
-        data = tensor.contiguous().reshape(-1).view(torch.uint8)
-        view = data.numpy().data
+        view = tensor_bytes(tensor)
         if self._shards[-1] and self._spool.tell() + len(view) > self.max_shard_bytes:
             self._close_shard()
             self._shards.append([])

@@ -7,6 +7,7 @@ weights-only loader, which runs no code. Only headers are read when a checkpoint
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import pickle
 import warnings
@@ -27,7 +28,18 @@ from tenpak.errors import (
     UnsupportedDtypeError,
 )
 
-__all__ = ["TORCH_DTYPES", "Checkpoint", "dtype_name", "locate", "open_checkpoint", "read_tensor"]
+__all__ = [
+    "TORCH_DTYPES",
+    "Checkpoint",
+    "dtype_name",
+    "is_artifact",
+    "locate",
+    "open_checkpoint",
+    "read_config",
+    "read_tensor",
+    "tensor_bytes",
+    "tensor_sha256",
+]
 
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -88,6 +100,16 @@ def read_tensor(info: TensorInfo) -> Tensor:
         except OSError as error:
             raise CheckpointError(f"cannot read {info.file.name}: {error.strerror}") from error
     return data.view(TORCH_DTYPES[info.dtype]).reshape(info.shape)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a CPU tensor in row-major order, without a copy where it is contiguous."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """SHA-256 of ``tensor_bytes``, in hexadecimal."""
+    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -1,0 +1,110 @@
+"""A 1.1-billion-parameter random Llama in BF16: peak resident memory and time of compress, verify and inspect.
+
+The checkpoint is written tensor by tensor, so that this needs little memory itself. Every command runs in a process of
+its own; the peak is what the kernel counted for it (``ru_maxrss``: mapped pages included).
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tenpak.checkpoint.header import encode_header
+
+# TinyLlama's shape.
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "hidden_act": "silu",
+    "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
+    "num_key_value_heads": 4, "vocab_size": 32000, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def shapes() -> dict[str, tuple[int, ...]]:
+    """Tensor names and shapes of the model."""
+    width, inner, kv = 2048, 5632, 256
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (32000, width), "lm_head.weight": (32000, width)}
+    for layer in range(22):
+        prefix = f"model.layers.{layer}"
+        for name, shape in (("q", (width, width)), ("k", (kv, width)), ("v", (kv, width)), ("o", (width, width))):
+            found[f"{prefix}.self_attn.{name}_proj.weight"] = shape
+        for name, shape in (("gate", (inner, width)), ("up", (inner, width)), ("down", (width, inner))):
+            found[f"{prefix}.mlp.{name}_proj.weight"] = shape
+        found[f"{prefix}.input_layernorm.weight"] = (width,)
+        found[f"{prefix}.post_attention_layernorm.weight"] = (width,)
+    found["model.norm.weight"] = (width,)
+    return found
+
+
+def write_model(folder: Path) -> int:
+    """Write the checkpoint; returns its parameters."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    tensors = shapes()
+    generator = torch.Generator().manual_seed(0)
+    with (folder / "model.safetensors").open("wb") as file:
+        sizes = [(name, "BF16", shape, 2 * torch.Size(shape).numel()) for name, shape in tensors.items()]
+        file.write(encode_header(sizes))
+        for shape in tensors.values():
+            weight = torch.randn(shape, generator=generator).mul_(0.02) if len(shape) == 2 else torch.ones(shape)
+            file.write(weight.to(torch.bfloat16).view(torch.uint8).numpy().data)
+    return sum(torch.Size(shape).numel() for shape in tensors.values())
+
+
+def run() -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="tenpak-large-") as folder:
+        source, out = Path(folder) / "model", Path(folder) / "artifact"
+        parameters = write_model(source)
+        dry = measure("compress", str(source), "--dry-run", "--json")
+        commands = {
+            "compress": measure("compress", str(source), "-o", str(out), "--evaluation", "none", "--json"),
+            "verify": measure("verify", str(out), "--json"),
+            "inspect": measure("inspect", str(out), "--json"),
+        }
+        predicted = json.loads(dry.pop("stdout"))
+        report = json.loads(commands["compress"].pop("stdout"))
+        assert json.loads(commands["verify"].pop("stdout"))["ok"]
+        commands["inspect"].pop("stdout")
+    return {
+        "parameters": parameters,
+        "recipe": report["recipe"],
+        "bytes": report["bytes"],
+        "predicted_bytes": predicted["bytes"],
+        "predicted_peak_memory": predicted["memory"],
+        "predicted_seconds": predicted["seconds"],
+        "encode_and_write_seconds": report["seconds"],
+        "commands": commands,
+    }
+
+
+def measure(*arguments: str) -> dict[str, Any]:
+    """Run a tenpak command; its wall time, peak resident memory in bytes, and what it printed.
+
+    A small launcher waits for the command: the kernel hands a process the peak of the one that started it, and this one
+    is large.
+    """
+    command = [sys.executable, "-m", "tenpak", *arguments]
+    done = subprocess.run([sys.executable, "-c", _LAUNCHER, *command], stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    if found.pop("status"):
+        raise RuntimeError(f"tenpak {' '.join(arguments)} failed")
+    return found
+
+
+_LAUNCHER = """
+import json, os, subprocess, sys, tempfile, time
+started = time.perf_counter()
+with tempfile.TemporaryFile("w+") as printed:
+    process = subprocess.Popen(sys.argv[1:], stdout=printed)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - started
+    printed.seek(0)
+    peak = usage.ru_maxrss * 1024
+    print(json.dumps({"wall_seconds": seconds, "peak_resident_bytes": peak, "status": status, "stdout": printed.read()}))
+"""

@@ -1,0 +1,55 @@
+"""Every preset on every model at hand: bytes, ratio, perplexity, KL, measured on the artifact in a fresh process.
+
+The bundled model is measured on its own evaluation text; where the shared models and texts are there too, they are
+measured as well. Windows of 256 tokens, which is what these models were trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from environment import ROOT
+
+from tenpak.recipes import PRESETS
+
+WINDOW = 256
+
+
+def cases() -> dict[str, tuple[Path, Path]]:
+    """Model name → its folder and the text to measure on."""
+    bundled = ROOT / "models" / "tinystories-3.7m"
+    found = {"tinystories-3.7m, own text": (bundled, bundled / "texts" / "evaluation.txt")}
+    shared = Path(os.environ.get("TENPAK_SHARED", ROOT.parent / "shared"))
+    stories = shared / "data" / "tinystories_eval.txt"
+    if stories.is_file():
+        found["tinystories-3.7m, stories"] = (bundled, stories)
+        for name in ("babyllama-tok105-0.94m", "stories260k"):
+            if (shared / "models" / name).is_dir():
+                found[f"{name}, stories"] = (shared / "models" / name, stories)
+    return found
+
+
+def run() -> dict[str, Any]:
+    results: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory(prefix="tenpak-quality-") as folder:
+        for case, (model, text) in cases().items():
+            results[case] = {}
+            for preset, entry in PRESETS.items():
+                out = Path(folder) / "artifact"
+                tenpak("compress", model, "-o", out, "--recipe", preset, "--evaluation", "none", "--overwrite")
+                found = tenpak("evaluate", out, "--against", model, "--text", text, "--window", str(WINDOW))
+                results[case][preset] = {"recipe": entry.recipe, **found}
+                print(f"{case}: {preset}: {found['bpw']:.3f} bpw, KL {found['kl']:.5f}", file=sys.stderr)
+    return {"window": WINDOW, "cases": results}
+
+
+def tenpak(*arguments: str | Path) -> dict[str, Any]:
+    """One command in a fresh process, its JSON."""
+    command = [sys.executable, "-m", "tenpak", *map(str, arguments), "--json"]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)

@@ -1,0 +1,152 @@
+"""Fill the tables of README and docs from ``benchmarks/results``.
+
+    python benchmarks/render.py            rewrite them
+    python benchmarks/render.py --check    exit 1 if a table differs from the results
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- /table -->``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ("README.md", "docs/measurements.md", "docs/codecs.md")
+HEADLINE = "tinystories-3.7m, own text"
+_SLOT = re.compile(r"(<!-- table: ([a-z]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+
+def main() -> None:
+    stale = []
+    for page in PAGES:
+        path = ROOT / page
+        text = path.read_text()
+        rendered = _SLOT.sub(lambda slot: slot[1] + TABLES[slot[2]]() + slot[3], text)
+        if rendered != text:
+            stale.append(page)
+            if "--check" not in sys.argv:
+                path.write_text(rendered)
+    if "--check" in sys.argv and stale:
+        sys.exit(f"{', '.join(stale)} differ from benchmarks/results; run python benchmarks/render.py")
+    print(f"rewritten: {', '.join(stale) or 'nothing'}")
+
+
+def headline() -> str:
+    """The bundled model on its own text."""
+    return quality_table(load("quality")["cases"][HEADLINE])
+
+
+def quality() -> str:
+    """Every case."""
+    cases = load("quality")["cases"]
+    return "\n".join(f"### {case}\n\n{quality_table(rows)}" for case, rows in cases.items()) + "\n"
+
+
+def quality_table(rows: dict[str, Any]) -> str:
+    head = ("preset", "recipe", "bits per weight", "× vs FP32", "perplexity", "KL", "same top token")
+    body = sorted(rows.items(), key=lambda item: -item[1]["bpw"])
+    return table(
+        head,
+        (
+            (
+                preset,
+                f"`{r['recipe']}`",
+                f"{r['bpw']:.2f}",
+                f"{r['ratio_fp32']:.2f}",
+                f"{r['ppl_increase']:+.2%} ± {r['ppl_increase_se']:.2%}",
+                f"{r['kl']:.5f} ± {r['kl_se']:.5f}",
+                f"{r['top1']:.1%}",
+            )
+            for preset, r in body
+        ),
+    )
+
+
+def speed() -> str:
+    """Weights per second."""
+    rows = load("speed")["recipes"]
+    return table(
+        ("recipe", "encode, M weights/s", "decode, M weights/s"),
+        (
+            (f"`{name}`", f"{r['encode_weights_per_second'] / 1e6:.0f}", f"{r['decode_weights_per_second'] / 1e6:.0f}")
+            for name, r in rows.items()
+        ),
+    )
+
+
+def large() -> str:
+    """The 1.1-billion-parameter model."""
+    result = load("large")
+    return table(
+        ("command", "peak resident memory, MB", "wall time, s"),
+        (
+            (f"`tenpak {name}`", f"{r['peak_resident_bytes'] / 1e6:.0f}", f"{r['wall_seconds']:.1f}")
+            for name, r in result["commands"].items()
+        ),
+    )
+
+
+def footprint() -> str:
+    """Overhead and resident memory."""
+    result = load("footprint")
+    rows = [
+        ("payload bytes", f"{result['payload_bytes']:,}"),
+        ("dense bytes (norms)", f"{result['dense_bytes']:,}"),
+        ("everything else in the weight files", f"{result['overhead_bytes']:,}"),
+        ("… per compressed tensor", f"{result['overhead_bytes_per_weight_tensor']:.1f}"),
+    ]
+    names = {"original": "original, FP32", "memory": 'artifact, `runtime="memory"`', "speed": 'artifact, `"speed"`'}
+    for key, name in names.items():
+        found = result["resident"][key]
+        rows.append((f"resident memory for the loaded model, MB: {name}", _megabytes(found, "loaded")))
+        rows.append((f"… and after a forward pass: {name}", _megabytes(found, "after_forward")))
+    return table(("", ""), rows)
+
+
+def _megabytes(found: dict[str, Any], key: str) -> str:
+    return f"{(found[key] - found['baseline']) / 1e6:.1f}"
+
+
+def machine() -> str:
+    """Where and when."""
+    lines = []
+    for name in ("quality", "speed", "large", "footprint"):
+        env = load(name)["environment"]
+        versions = ", ".join(f"{package} {number}" for package, number in env["versions"].items())
+        lines.append(f"- {name}: {env['cpu']}, {env['cores']} cores, {versions}; commit `{env['commit'][:12]}`")
+    return "\n".join(lines) + "\n"
+
+
+def table(head: tuple[str, ...], rows: Any) -> str:
+    def line(cells: Any) -> str:
+        return "| " + " | ".join(cells) + " |\n"
+
+    def lines() -> Iterator[str]:
+        yield line(head)
+        yield "|" + "---|" * len(head) + "\n"
+        yield from (line(row) for row in rows)
+
+    return "".join(lines())
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+TABLES = {
+    "headline": headline,
+    "quality": quality,
+    "speed": speed,
+    "large": large,
+    "footprint": footprint,
+    "machine": machine,
+}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""An artifact measured against its original: sizes from the files, quality from the artifact as it loads from disk."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tenpak.artifact.reader import open_artifact
+from tenpak.calibration.text import load_text, sample_text, tokenize
+from tenpak.checkpoint.source import open_checkpoint
+from tenpak.errors import EvaluationError
+from tenpak.evaluation.fidelity import Fidelity, fidelity
+from tenpak.nn.load import load
+from tenpak.nn.modules import Runtime
+
+__all__ = ["Evaluation", "evaluate", "load_original", "load_tokenizer"]
+
+# Where a model folder may carry its own evaluation text.
+DEFAULT_TEXT = Path("texts") / "evaluation.txt"
+_SAMPLED_TOKENS = 4096
+_SAMPLED_SEED = 2
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Sizes and quality of an artifact.
+
+    Attributes:
+        bytes: of the artifact's weight files.
+        checkpoint_bytes: of the original's weight files.
+        parameters: of the model, tied weights once.
+        fidelity: quality against the original.
+        text: name of the text.
+        text_sha256: hash of the text's UTF-8 bytes.
+    """
+
+    bytes: int
+    checkpoint_bytes: int
+    parameters: int
+    fidelity: Fidelity
+    text: str
+    text_sha256: str
+
+    @property
+    def kl(self) -> float:
+        """KL(original ‖ artifact), nats per token."""
+        return self.fidelity.kl
+
+    @property
+    def bpw(self) -> float:
+        return 8 * self.bytes / self.parameters
+
+    @property
+    def ratio_fp32(self) -> float:
+        return 4 * self.parameters / self.bytes
+
+    @property
+    def ratio_checkpoint(self) -> float:
+        return self.checkpoint_bytes / self.bytes
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "bytes": self.bytes,
+            "bpw": self.bpw,
+            "ratio_fp32": self.ratio_fp32,
+            "ratio_checkpoint": self.ratio_checkpoint,
+            **self.fidelity.to_json(),
+            "text": self.text,
+            "text_sha256": self.text_sha256,
+        }
+
+
+def evaluate(
+    artifact: str | Path,
+    *,
+    against: str | Path,
+    text: str | Path | None = None,
+    window: int | None = None,
+    stride: int | None = None,
+    dtype: str | torch.dtype = "float32",
+    device: str = "cpu",
+    runtime: Runtime = "speed",
+    trust_remote_code: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Measure an artifact against the original model.
+
+    Args:
+        artifact: artifact folder.
+        against: the original: model folder or hub id.
+        text: file, folder or dataset id. By default ``texts/evaluation.txt`` in the original's folder; where there is
+            none, text sampled from the original itself with a fixed seed.
+        window: inputs per window, by default the model's context (at most 4096).
+        stride: distance between windows, by default min(512, window // 2).
+        dtype: both models compute in it; the artifact's weights are decoded to it.
+        device: where both models run.
+        runtime: see ``load``.
+        trust_remote_code: let transformers run model code from the original.
+        progress: called with tokens scored and tokens in all.
+
+    Raises:
+        ArtifactError, CheckpointError, CalibrationError: artifact, original or text cannot be read.
+        EvaluationError: the two models cannot be compared on this text.
+    """
+    sizes = open_artifact(artifact)
+    checkpoint = open_checkpoint(against)
+    original = load_original(against, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    compressed = load(artifact, runtime=runtime, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
+    default = checkpoint.folder / DEFAULT_TEXT
+    if text is None and default.is_file():
+        text = default
+    if text is None:
+        content = sample_text(original, tokenizer, tokens=_SAMPLED_TOKENS, seed=_SAMPLED_SEED)
+        name = f"sampled from the original, seed {_SAMPLED_SEED}"
+    else:
+        content, name = load_text(text), Path(text).name if Path(text).exists() else str(text)
+    tokens = tokenize(tokenizer, content, vocab_size=original.config.get_text_config().vocab_size)
+    found = fidelity(original, compressed, tokens, window=window, stride=stride, progress=progress)
+    return Evaluation(
+        bytes=sizes.bytes,
+        checkpoint_bytes=checkpoint.bytes,
+        parameters=sizes.manifest.source.parameters,
+        fidelity=found,
+        text=name,
+        text_sha256=hashlib.sha256(content.encode()).hexdigest(),
+    )
+
+
+def load_original(
+    source: str | Path, *, dtype: str | torch.dtype = "float32", device: str = "cpu", trust_remote_code: bool = False
+) -> Any:
+    """An uncompressed model, in evaluation mode.
+
+    Raises:
+        CheckpointError: it cannot be read.
+        EvaluationError: transformers cannot load it.
+    """
+    checkpoint = open_checkpoint(source)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, OSError) as error:
+        raise EvaluationError(f"transformers cannot load {checkpoint.name}: {str(error).splitlines()[0]}") from error
+    return model.to(device).eval()
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model folder.
+
+    Raises:
+        EvaluationError: the folder has none that transformers can load.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizers raise many kinds, some of them plain Exception
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise EvaluationError(
+            f"{folder} has no tokenizer that transformers can load: {reason}",
+            hint="put the model's tokenizer files (tokenizer.json and so on) into that folder",
+        ) from error

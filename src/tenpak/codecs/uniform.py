@@ -1,0 +1,140 @@
+"""``uniform/1``: integer codes on a uniform grid with FP16 parameters per group.
+
+Formula (all in FP32, one rounding; see ``grid`` for how the parameters are found)::
+
+    asymmetric   w ≈ offset + scale·q              q = 0 … 2^bits - 1
+    symmetric    w ≈ scale·(q - 2^(bits-1))        the signed scale uses every level
+
+Bytes, G = ceil(in/group) groups per row (one where ``group`` is null)::
+
+    scales   FP16  [out, G]
+    offsets  FP16  [out, G]                    asymmetric only
+    codes    uint8 [out, ceil(in·bits/8)]      packed, see tenpak.kernels.packing
+
+Bits per weight: ``bits + 32/group`` (asymmetric) or ``bits + 16/group`` where the group divides the row. FP16
+parameters limit the range to ±65504, which trained weights do not come near; a group beyond it is refused. Parameters
+are not compressed further: at g32 they cost one bit of five, which is what entropy-coded codecs will save.
+
+``bits``, ``group`` and ``symmetric`` fix the bytes; ``search`` only guides the encoder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tenpak.codecs.base import Codec, Field, Payload, Statistics, require_matrix
+from tenpak.codecs.grid import covering, quantize, refine
+from tenpak.codecs.grouping import column_importance, group_count, row_tiles, segments
+from tenpak.codecs.validation import require_bool, require_group, require_integer
+from tenpak.errors import CodecError
+from tenpak.kernels import pack, packed_size, unpack
+
+__all__ = ["Uniform"]
+
+
+@dataclass(frozen=True)
+class Uniform(Codec):
+    """Uniform quantization.
+
+    Attributes:
+        bits: bits per code, 2 to 8.
+        group: weights per scale, 8 to 256, or None for one scale per row.
+        symmetric: no offset, half the parameters.
+        search: refine scale and offset to the least squared error, weighted by the Hessian's diagonal where the
+            statistics have one; about twenty times slower than covering each group's range.
+
+    Raises:
+        RecipeError: a field is of the wrong type or out of range.
+    """
+
+    id: ClassVar[str] = "uniform/1"
+
+    bits: int
+    group: int | None = 32
+    symmetric: bool = False
+    search: bool = False
+
+    def __post_init__(self) -> None:
+        require_integer(self.id, "bits", self.bits, 2, 8)
+        require_group(self.id, self.group)
+        require_bool(self.id, "symmetric", self.symmetric)
+        require_bool(self.id, "search", self.search)
+
+    def fields(self, shape: tuple[int, int]) -> tuple[Field, ...]:
+        """Scales, offsets unless symmetric, codes."""
+        rows, columns = shape
+        parameters = (rows, group_count(columns, self.group))
+        names = ("scales",) if self.symmetric else ("scales", "offsets")
+        return (
+            *(Field(name, torch.float16, parameters) for name in names),
+            Field("codes", torch.uint8, (rows, packed_size(columns, self.bits))),
+        )
+
+    def encode(self, weight: Tensor, statistics: Statistics | None = None) -> Payload:
+        """Encode ``weight`` tile by tile; beyond the payload it takes a few MiB, more only for rows above 262,144.
+
+        Raises:
+            CodecError: the weight is not a finite floating-point matrix, a group exceeds FP16's range, or the
+                statistics do not fit the weight.
+        """
+        require_matrix(weight)
+        rows, columns = weight.shape
+        importance = column_importance(statistics, columns, weight.device) if self.search else None
+        tensors = {
+            f.name: torch.empty(f.shape, dtype=f.dtype, device=weight.device) for f in self.fields((rows, columns))
+        }
+        for tile in row_tiles(rows, columns):
+            block = weight[tile].float().contiguous()
+            codes = torch.empty(block.shape, dtype=torch.uint8, device=weight.device)
+            for segment in segments(columns, self.group):
+                groups = segment.view(block)
+                grid = covering(groups, self.bits, self.symmetric)
+                if self.search:
+                    grid = refine(groups, None if importance is None else segment.view(importance), grid)
+                segment.view(codes).copy_(quantize(groups, grid))
+                tensors["scales"][tile, segment.groups] = grid.scale.squeeze(-1)
+                if grid.offset is not None:
+                    tensors["offsets"][tile, segment.groups] = grid.offset.squeeze(-1)
+            tensors["codes"][tile] = pack(codes, self.bits)
+        for name in ("scales", "offsets"):
+            if name in tensors and not bool(torch.isfinite(tensors[name]).all()):
+                raise CodecError(
+                    f"{name} of the weight exceed FP16's range (±65504) in {self.id}",
+                    hint="leave this tensor dense (--set 'NAME=dense')",
+                )
+        return self.payload(weight, tensors)
+
+    def decode(self, payload: Payload) -> Tensor:
+        """The reconstructed weight, FP32 ``[out, in]``."""
+        tensors = self.checked(payload)
+        rows, columns = payload.shape
+        weight = torch.empty(payload.shape, dtype=torch.float32, device=tensors["codes"].device)
+        for tile in row_tiles(rows, columns):
+            self._expand({name: tensor[tile] for name, tensor in tensors.items()}, weight[tile])
+        return weight
+
+    def rows(self, prepared: Payload, indices: Tensor) -> Tensor:
+        """Rows ``indices`` of the decoded weight, FP32 ``[*indices.shape, in]``; only they are decoded."""
+        tensors = self.checked(prepared)
+        flat = indices.reshape(-1)
+        chosen = {name: tensor[flat] for name, tensor in tensors.items()}
+        weight = torch.empty((flat.numel(), prepared.shape[1]), dtype=torch.float32, device=tensors["codes"].device)
+        self._expand(chosen, weight)
+        return weight.view(*indices.shape, prepared.shape[1])
+
+    def _expand(self, tensors: dict[str, Tensor], out: Tensor) -> None:
+        """Decode the rows held by ``tensors`` into ``out``, FP32 ``[rows, in]``."""
+        columns = out.shape[1]
+        out.copy_(unpack(tensors["codes"], self.bits, columns))
+        if self.symmetric:
+            out.sub_(1 << (self.bits - 1))
+        for segment in segments(columns, self.group):
+            groups = segment.view(out)
+            # Code times scale is exact in FP32 (8 + 11 bits), so the sum below is the only rounding.
+            groups.mul_(tensors["scales"][:, segment.groups, None].float())
+            if not self.symmetric:
+                groups.add_(tensors["offsets"][:, segment.groups, None].float())

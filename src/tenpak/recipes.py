@@ -1,0 +1,210 @@
+"""Recipes: the short strings, JSON objects and preset names that stand for codecs.
+
+Grammar (case and surrounding blanks do not matter)::
+
+    recipe  = "dense" | stage { "+" stage } | JSON object       a sum encodes what the stages before it leave
+    stage   = "int" BITS { ":" option }                         uniform, BITS 2 to 8
+            | "nf" BITS { ":" option }                          normalfloat, BITS 2 to 4
+            | "fp32" | "bf16" | "fp16"                          dense in that dtype
+            | preset name
+    option  = "g" SIZE | "row"                                  weights per scale, 8 to 256, or one scale per row
+            | "sym" | "asym" | "search"                         int only
+            | "learned"                                         nf only
+
+What is left out: ``g32`` for int2 to int7, ``row`` for int8, ``g64`` for nf; ``sym`` for rows, ``asym`` for groups.
+``dense`` means "leave it as it was" and parses to None.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from tenpak.codecs import registry
+from tenpak.codecs.base import Codec
+from tenpak.codecs.dense import Dense
+from tenpak.codecs.normalfloat import NormalFloat
+from tenpak.codecs.residual import Residual
+from tenpak.codecs.uniform import Uniform
+from tenpak.errors import RecipeError
+
+__all__ = ["PRESETS", "Preset", "format", "parse", "parse_overrides"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A recipe with a name.
+
+    Attributes:
+        recipe: the recipe string it stands for.
+        description: one line for lists.
+    """
+
+    recipe: str
+    description: str
+
+
+PRESETS: dict[str, Preset] = {
+    "int4-g8": Preset("int4:g8", "4 bits, FP16 scale and offset for every 8 weights: closest of the int4 family"),
+    "int4-g16": Preset("int4:g16", "4 bits, scale and offset for every 16 weights"),
+    "int4-g32": Preset("int4:g32", "4 bits, scale and offset for every 32 weights: the default"),
+    "int4-g64": Preset("int4:g64", "4 bits, scale and offset for every 64 weights"),
+    "int4-g128": Preset("int4:g128", "4 bits, scale and offset for every 128 weights: smallest of the int4 family"),
+    "int4-opt": Preset("int4:g16:search", "int4-g16 with scale and offset refined to the least squared error"),
+    "int4-residual": Preset("int4:g16+int2:g16", "int4-g16, and 2 bits on what it leaves"),
+    "int3-g32": Preset("int3:g32", "3 bits, scale and offset for every 32 weights"),
+    "nf3": Preset("nf3:g64", "3 bits on normal quantiles, one scale for every 64 weights"),
+    "nf4": Preset("nf4:g64", "4 bits on normal quantiles, one scale for every 64 weights (as in QLoRA)"),
+    "nf3-learned": Preset("nf3:g64:learned", "nf3 with levels learned for each tensor (Lloyd-Max)"),
+    "nf4-learned": Preset("nf4:g64:learned", "nf4 with levels learned for each tensor (Lloyd-Max)"),
+    "int8": Preset("int8:row", "8 bits, one symmetric scale per row: what embeddings and heads take by default"),
+}
+
+_DENSE_WORDS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_INT_OPTIONS = ("row", "sym", "asym", "search")
+_NF_OPTIONS = ("row", "learned")
+_EXAMPLES = "a recipe looks like int4:g32, int8:row, nf4:g64 or int4:g16+int2:g16; `tenpak recipes` lists presets"
+
+
+def parse(text: str) -> Codec | None:
+    """The codec that a recipe stands for, or None for ``dense``: leave the tensor as it was.
+
+    Raises:
+        RecipeError: the recipe cannot be understood (the hint says what is near) or a value is out of range.
+        UnknownCodecError: a JSON recipe names a codec that is not registered.
+    """
+    stripped = text.strip()
+    if stripped.startswith("{"):
+        return _parse_json(stripped)
+    recipe = stripped.lower()
+    if not recipe:
+        raise RecipeError("the recipe is empty", hint=_EXAMPLES)
+    if recipe == "dense":
+        return None
+    *before, codec = [_parse_stage(stage.strip(), recipe) for stage in recipe.split("+")]
+    for base in reversed(before):
+        codec = Residual(base, codec)
+    return codec
+
+
+def format(codec: Codec | None) -> str:
+    """The recipe of a codec: the inverse of ``parse``, in its words where it has them, else as a JSON object."""
+    if codec is None:
+        return "dense"
+    words = _words(codec)
+    return json.dumps(codec.to_json(), separators=(",", ":")) if words is None else words
+
+
+def parse_overrides(entries: Iterable[str]) -> tuple[tuple[str, Codec | None], ...]:
+    """Per-tensor recipes from ``PATTERN=RECIPE`` entries, in their order.
+
+    A pattern is a shell pattern (fnmatch) on tensor names.
+
+    Raises:
+        RecipeError: an entry has no ``=``, an empty pattern, or a recipe that cannot be understood.
+    """
+    overrides = []
+    for entry in entries:
+        pattern, equals, recipe = entry.partition("=")
+        pattern = pattern.strip()
+        if not equals or not pattern or not recipe.strip():
+            raise RecipeError(
+                f"{entry!r} does not set a recipe for a pattern",
+                hint="write PATTERN=RECIPE, e.g. 'embed*=int8:row' or '*.k_proj.*=dense'",
+            )
+        try:
+            overrides.append((pattern, parse(recipe)))
+        except RecipeError as error:
+            raise RecipeError(f"in {entry!r}: {error}", hint=error.hint) from error
+    return tuple(overrides)
+
+
+def _parse_json(text: str) -> Codec:
+    try:
+        config = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise RecipeError(
+            f"the recipe is not valid JSON: {error}", hint='e.g. {"id": "uniform/1", "bits": 4, "group": 32}'
+        ) from error
+    return registry.from_json(config)
+
+
+def _parse_stage(stage: str, recipe: str) -> Codec:
+    """One summand of a recipe; ``recipe`` is the whole, for messages."""
+    if stage in PRESETS:
+        codec = parse(PRESETS[stage].recipe)
+        assert codec is not None  # no preset is dense
+        return codec
+    if stage in _DENSE_WORDS:
+        return Dense(_DENSE_WORDS[stage])
+    if stage == "dense":
+        raise RecipeError(
+            f"'dense' leaves a tensor as it was and cannot be added to something, in {recipe!r}",
+            hint="to store what remains in full use fp32, bf16 or fp16",
+        )
+    head, *options = [word.strip() for word in stage.split(":")]
+    match = re.fullmatch(r"(int|nf)(\d{1,4})", head)
+    if match is None:
+        raise _unknown_stage(head, stage, recipe)
+    bits = int(match[2])
+    if match[1] == "int":
+        group, words = _options(options, _INT_OPTIONS, 32 if bits != 8 else None, recipe)
+        if {"sym", "asym"} <= words:
+            raise RecipeError(f"{recipe!r} asks for both sym and asym", hint="keep one of them")
+        symmetric = "sym" in words or (group is None and "asym" not in words)
+        return Uniform(bits, group, symmetric, "search" in words)
+    group, words = _options(options, _NF_OPTIONS, 64, recipe)
+    return NormalFloat(bits, group, "learned" if "learned" in words else "normal")
+
+
+def _options(
+    options: list[str], known: tuple[str, ...], default: int | None, recipe: str
+) -> tuple[int | None, set[str]]:
+    """The group and the other option words of a stage."""
+    sizes = [word for word in options if re.fullmatch(r"row|g\d{1,9}", word)]
+    if len(sizes) > 1 or len(set(options)) < len(options):
+        raise RecipeError(f"{recipe!r} gives an option more than once", hint="keep one of them, e.g. int4:g32:search")
+    words = set(options) - set(sizes)
+    for word in words:
+        if word not in known:
+            near = difflib.get_close_matches(word, (*known, "g32", "g64", "g128"), n=1, cutoff=0.5)
+            raise RecipeError(
+                f"{word!r} is not an option here, in recipe {recipe!r}",
+                hint=(f"did you mean {near[0]!r}? " if near else "") + f"options are gSIZE, {', '.join(known)}",
+            )
+    if not sizes:
+        return default, words
+    return (None if sizes[0] == "row" else int(sizes[0][1:])), words
+
+
+def _unknown_stage(head: str, stage: str, recipe: str) -> RecipeError:
+    stems = [*(f"int{b}" for b in range(2, 9)), *(f"nf{b}" for b in range(2, 5)), *_DENSE_WORDS, "dense"]
+    near = difflib.get_close_matches(stage, [*PRESETS, *stems], n=2, cutoff=0.6)
+    near = near or difflib.get_close_matches(head, [*PRESETS, *stems], n=2, cutoff=0.6)
+    inside = "" if stage == recipe else f" in recipe {recipe!r}"
+    return RecipeError(
+        f"{stage!r}{inside} is not a recipe",
+        hint=(f"did you mean {' or '.join(near)}? " if near else "") + _EXAMPLES,
+    )
+
+
+def _words(codec: Codec) -> str | None:
+    """The codec in the grammar's words, or None where it has none."""
+    if isinstance(codec, Uniform):
+        size = "row" if codec.group is None else f"g{codec.group}"
+        words = [f"int{codec.bits}", size]
+        if codec.symmetric != (codec.group is None):
+            words.append("sym" if codec.symmetric else "asym")
+        return ":".join([*words, "search"] if codec.search else words)
+    if isinstance(codec, NormalFloat):
+        size = "row" if codec.group is None else f"g{codec.group}"
+        return f"nf{codec.bits}:{size}" + (":learned" if codec.levels == "learned" else "")
+    if isinstance(codec, Dense):
+        return next(word for word, dtype in _DENSE_WORDS.items() if dtype == codec.dtype)
+    if isinstance(codec, Residual) and not isinstance(codec.base, Residual):
+        base, rest = _words(codec.base), _words(codec.rest)
+        return None if base is None or rest is None else f"{base}+{rest}"
+    return None

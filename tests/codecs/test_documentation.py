@@ -1,0 +1,41 @@
+"""docs/codecs.md says what the code does: its examples run, its tables are the code's."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tenpak.codecs import registry
+from tenpak.codecs.normalfloat import NORMAL_LEVELS
+from tenpak.recipes import PRESETS, parse
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "codecs.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))
+def test_examples_run(block: str) -> None:
+    exec(compile(block, "docs/codecs.md", "exec"), {})  # our own page
+
+
+def test_every_codec_has_its_section() -> None:
+    assert sorted(re.findall(r"^## (\w+/\d+)$", PAGE, re.MULTILINE)) == sorted(registry.ids())
+
+
+def test_presets_and_their_rates() -> None:
+    rows = re.findall(r"^\| (\S+) \| `(\S+)` \| (\S.*?) \|$", PAGE, re.MULTILINE)
+    table = {name: (recipe, rate) for name, recipe, rate in rows if name in PRESETS}
+    assert {name: recipe for name, (recipe, _) in table.items()} == {n: p.recipe for n, p in PRESETS.items()}
+    out, columns = 128, 512
+    for name, (_, rate) in table.items():
+        codec = parse(name)
+        assert codec is not None
+        terms = rate.replace("(out·in)", str(out * columns)).replace("/in", f"/{columns}").split(" + ")
+        expected = sum(float(top) / float(bottom or 1) for top, _, bottom in (term.partition("/") for term in terms))
+        assert codec.estimate_bits((out, columns)) == expected * out * columns, name
+
+
+def test_normal_levels() -> None:
+    for bits, levels in re.findall(r"^\| (\d) \| (-1, .*?, 1) \|$", PAGE, re.MULTILINE):
+        assert tuple(float(level) for level in levels.split(", ")) == NORMAL_LEVELS[int(bits)]

@@ -1,0 +1,183 @@
+"""Recipe strings: what they mean, that they round-trip, and what typos are told."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tenpak.codecs.base import Codec
+from tenpak.codecs.dense import Dense
+from tenpak.codecs.normalfloat import NormalFloat
+from tenpak.codecs.residual import Residual
+from tenpak.codecs.uniform import Uniform
+from tenpak.errors import RecipeError, UnknownCodecError
+from tenpak.recipes import PRESETS, format, parse, parse_overrides
+
+
+@pytest.mark.parametrize(
+    ("text", "codec"),
+    [
+        ("int4:g32", Uniform(4, 32)),
+        ("int4", Uniform(4, 32)),
+        ("int4:search", Uniform(4, 32, search=True)),
+        ("int8:row", Uniform(8, None, symmetric=True)),
+        ("int8", Uniform(8, None, symmetric=True)),
+        ("int8:asym", Uniform(8, None)),
+        ("int8:g128", Uniform(8, 128)),
+        ("int3:g64:search", Uniform(3, 64, search=True)),
+        ("int3:search:sym:g64", Uniform(3, 64, True, True)),
+        (" INT4 : G16 ", Uniform(4, 16)),
+        ("nf4:g64", NormalFloat(4, 64)),
+        ("nf4", NormalFloat(4, 64)),
+        ("nf3:g32:learned", NormalFloat(3, 32, "learned")),
+        ("nf2:row", NormalFloat(2, None)),
+        ("int4:g16+int2:g16", Residual(Uniform(4, 16), Uniform(2, 16))),
+        ("int4 + nf2 + int2", Residual(Uniform(4), Residual(NormalFloat(2), Uniform(2)))),
+        ("nf4-learned+int2:g16", Residual(NormalFloat(4, 64, "learned"), Uniform(2, 16))),
+        ("bf16", Dense("bfloat16")),
+        ("fp16", Dense("float16")),
+        ("fp32", Dense("float32")),
+        ("int4:g16+bf16", Residual(Uniform(4, 16), Dense("bfloat16"))),
+        ("dense", None),
+        ('{"id": "uniform/1", "bits": 4, "group": null}', Uniform(4, None)),
+    ],
+)
+def test_parse(text: str, codec: Codec | None) -> None:
+    assert parse(text) == codec
+    assert parse(format(codec)) == codec
+
+
+@pytest.mark.parametrize(
+    ("codec", "text"),
+    [
+        (Uniform(4), "int4:g32"),
+        (Uniform(4, 32, True, True), "int4:g32:sym:search"),
+        (Uniform(8, None, True), "int8:row"),
+        (Uniform(8, None), "int8:row:asym"),
+        (NormalFloat(3, None, "learned"), "nf3:row:learned"),
+        (Residual(Uniform(4, 16), Residual(Uniform(2, 16), Dense("float16"))), "int4:g16+int2:g16+fp16"),
+        (None, "dense"),
+    ],
+)
+def test_format(codec: Codec | None, text: str) -> None:
+    assert format(codec) == text
+
+
+groups = st.none() | st.integers(8, 256)
+stages = st.one_of(
+    st.builds(Uniform, st.integers(2, 8), groups, st.booleans(), st.booleans()),
+    st.builds(NormalFloat, st.integers(2, 4), groups, st.sampled_from(["normal", "learned"])),
+    st.builds(Dense, st.sampled_from(["float32", "bfloat16", "float16"])),
+)
+codecs = st.recursive(stages, lambda inner: st.builds(Residual, inner, inner), max_leaves=5)
+
+
+@settings(deadline=None, max_examples=300, derandomize=True)
+@given(codecs)
+def test_format_round_trips(codec: Codec) -> None:
+    assert parse(format(codec)) == codec
+    assert parse(json.dumps(codec.to_json())) == codec
+
+
+@settings(deadline=None, max_examples=500, derandomize=True)
+@given(st.text(max_size=30) | st.text(alphabet='intfgrow0123456789:+{}" -', max_size=20))
+def test_any_text_is_a_recipe_or_a_recipe_error(text: str) -> None:
+    try:
+        codec = parse(text)
+    except (RecipeError, UnknownCodecError):
+        return
+    assert parse(format(codec)) == codec
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        ("int9:g32", "bits must be an integer from 2 to 8, got 9", "2 to 8"),
+        ("int1", "bits must be an integer from 2 to 8, got 1", "2 to 8"),
+        ("nf5", "bits must be an integer from 2 to 4, got 5", "2 to 4"),
+        ("int4:g7", "group must be an integer from 8 to 256, or null, got 7", "8 to 256"),
+        ("int4:g1024", "got 1024", "8 to 256"),
+        ("int4:g32:serach", "'serach' is not an option", "'search'"),
+        ("int4:32", "'32' is not an option", "'g32'"),
+        ("nf4:search", "'search' is not an option", "learned"),
+        ("nf4:lerned", "'lerned'", "'learned'"),
+        ("it4:g32", "'it4:g32' is not a recipe", "int4"),
+        ("int4_g32", "'int4_g32' is not a recipe", "int4-g32"),
+        ("nf4-lerned", "is not a recipe", "nf4-learned"),
+        ("int4:sym:asym", "both sym and asym", "one of them"),
+        ("int4:g32:row", "more than once", "one of them"),
+        ("int4:search:search", "more than once", "one of them"),
+        ("int4+", "'' in recipe 'int4\\+' is not a recipe", "int4:g32"),
+        ("int4+dense", "cannot be added", "bf16"),
+        ("", "empty", "int4:g32"),
+        ('{"id": "uniform/1", "bits": 4', "not valid JSON", "uniform/1"),
+        ('{"id": "uniform/1", "bits": 40}', "from 2 to 8, got 40", "2 to 8"),
+        ('{"id": "uniform/1", "bits": 4, "groups": 32}', "no field 'groups'", "group"),
+        ('{"bits": 4}', "id", "uniform/1"),
+        ("{" * 5000, "not valid JSON", "uniform/1"),
+        ("int" + "4" * 5000, "is not a recipe", "int4:g32"),
+    ],
+)
+def test_mistakes_are_named(text: str, message: str, hint: str) -> None:
+    with pytest.raises(RecipeError, match=message) as caught:
+        parse(text)
+    assert isinstance(caught.value, ValueError)
+    assert hint in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets(name: str) -> None:
+    preset = PRESETS[name]
+    codec = parse(name)
+    assert codec == parse(preset.recipe)
+    assert format(codec) == preset.recipe
+    assert preset.description
+
+
+# The names and rates that users of the older system know (its table of codecs).
+@pytest.mark.parametrize(
+    ("name", "bits_per_weight"),
+    [
+        ("int4-g8", 8.0),
+        ("int4-g16", 6.0),
+        ("int4-g32", 5.0),
+        ("int4-g64", 4.5),
+        ("int4-g128", 4.25),
+        ("int4-opt", 6.0),
+        ("int4-residual", 10.0),
+        ("int3-g32", 4.0),
+        ("nf3", 3.25),
+        ("nf4", 4.25),
+    ],
+)
+def test_presets_have_their_rate(name: str, bits_per_weight: float) -> None:
+    codec = parse(name)
+    assert codec is not None
+    bits = codec.estimate_bits((256, 1024))
+    assert bits is not None
+    assert bits / (256 * 1024) == bits_per_weight
+
+
+def test_overrides_keep_their_order() -> None:
+    assert parse_overrides(["embed*=int8:row", "*.k_proj*= dense", 'lm_head={"id": "uniform/1", "bits": 6}']) == (
+        ("embed*", Uniform(8, None, True)),
+        ("*.k_proj*", None),
+        ("lm_head", Uniform(6, 32)),
+    )
+    assert parse_overrides([]) == ()
+
+
+@pytest.mark.parametrize("entry", ["embed*", "=int4", "embed*=", "", "  =  "])
+def test_malformed_overrides(entry: str) -> None:
+    with pytest.raises(RecipeError, match="does not set a recipe") as caught:
+        parse_overrides([entry])
+    assert "PATTERN=RECIPE" in str(caught.value.hint)
+
+
+def test_a_typo_in_an_override_names_the_entry() -> None:
+    with pytest.raises(RecipeError, match=r"embed\*=itn8") as caught:
+        parse_overrides(["embed*=itn8:row"])
+    assert "int8" in str(caught.value.hint)

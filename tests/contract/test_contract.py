@@ -182,10 +182,10 @@ def test_rows_are_rows_of_the_decoded_weight(case: Case, shape: tuple[int, int])
     decoded = codec.decode(codec.encode(normal(*shape)))
     last = shape[0] - 1
     for indices in (torch.tensor([last, 0, last]), torch.tensor([[0, last], [last, 0]]), torch.tensor(0)):
-        assert torch.equal(codec.rows(prepared, indices), decoded[indices])
-    assert codec.rows(prepared, torch.zeros(0, dtype=torch.int64)).shape == (0, shape[1])
+        assert torch.equal(codec.rows(indices, prepared), decoded[indices])
+    assert codec.rows(torch.zeros(0, dtype=torch.int64), prepared).shape == (0, shape[1])
     with pytest.raises(IndexError):
-        codec.rows(prepared, torch.tensor([shape[0]]))
+        codec.rows(torch.tensor([shape[0]]), prepared)
 
 
 @pytest.mark.parametrize("case", ALL)
@@ -238,7 +238,7 @@ def test_damaged_payloads_are_refused(case: Case) -> None:
             with pytest.raises(InvalidPayloadError):
                 codec.decode(broken)
             with pytest.raises(InvalidPayloadError):
-                codec.rows(broken, torch.tensor([0]))
+                codec.rows(torch.tensor([0]), broken)
     for shape in ((7, 40), (6, 400), (-6, -40), (0, 0), (6 << 40, 40 << 40)):
         with pytest.raises(InvalidPayloadError):
             codec.decode(dataclasses.replace(payload, shape=shape))

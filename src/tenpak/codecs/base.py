@@ -125,7 +125,7 @@ class Codec(ABC):
         """``x @ W.T`` for ``x`` of shape ``[..., in]``, in the dtype of ``x``."""
         return torch.nn.functional.linear(x, self.decode(prepared).to(x.dtype))
 
-    def rows(self, prepared: Any, indices: Tensor) -> Tensor:
+    def rows(self, indices: Tensor, prepared: Any) -> Tensor:
         """Rows ``indices`` (int64, any shape) of the decoded weight, FP32 ``[*indices.shape, in]``: a look-up."""
         return self.decode(prepared)[indices]
 

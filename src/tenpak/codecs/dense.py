@@ -65,6 +65,6 @@ class Dense(Codec):
         """The values as FP32 ``[out, in]``."""
         return self.checked(payload)["values"].float()
 
-    def rows(self, prepared: Payload, indices: Tensor) -> Tensor:
+    def rows(self, indices: Tensor, prepared: Payload) -> Tensor:
         """Rows ``indices`` of the values, FP32 ``[*indices.shape, in]``."""
         return self.checked(prepared)["values"][indices].float()

@@ -148,7 +148,7 @@ class NormalFloat(Codec):
             self._expand(tensors["codes"][tile], tensors["scales"][tile], self._table(payload), weight[tile])
         return weight
 
-    def rows(self, prepared: Payload, indices: Tensor) -> Tensor:
+    def rows(self, indices: Tensor, prepared: Payload) -> Tensor:
         """Rows ``indices`` of the decoded weight, FP32 ``[*indices.shape, in]``; only they are decoded."""
         tensors = self.checked(prepared)
         flat = indices.reshape(-1)

@@ -90,10 +90,10 @@ class Residual(Codec):
         base, rest = self._stages(payload)
         return self.base.decode(base) + self.rest.decode(rest)
 
-    def rows(self, prepared: Payload, indices: Tensor) -> Tensor:
+    def rows(self, indices: Tensor, prepared: Payload) -> Tensor:
         """Rows ``indices`` of the sum, FP32 ``[*indices.shape, in]``."""
         base, rest = self._stages(prepared)
-        return self.base.rows(base, indices) + self.rest.rows(rest, indices)
+        return self.base.rows(indices, base) + self.rest.rows(indices, rest)
 
     def _stages(self, payload: Payload) -> tuple[Payload, Payload]:
         """The payloads of the stages; each stage checks its own."""

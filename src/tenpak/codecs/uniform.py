@@ -117,7 +117,7 @@ class Uniform(Codec):
             self._expand({name: tensor[tile] for name, tensor in tensors.items()}, weight[tile])
         return weight
 
-    def rows(self, prepared: Payload, indices: Tensor) -> Tensor:
+    def rows(self, indices: Tensor, prepared: Payload) -> Tensor:
         """Rows ``indices`` of the decoded weight, FP32 ``[*indices.shape, in]``; only they are decoded."""
         tensors = self.checked(prepared)
         flat = indices.reshape(-1)

@@ -65,3 +65,21 @@ def make_tiny(family: str, folder: Path, *, dtype: torch.dtype = torch.float32, 
             parameter.add_(0.02 * torch.randn_like(parameter))
     model.eval().save_pretrained(folder)
     return folder
+
+
+def make_tiny_talker(folder: Path, family: str = "llama", **changes: Any) -> Path:
+    """A random model with a tokenizer of single characters and a chat template: enough to read and write text."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    make_tiny(family, folder, **{"vocab_size": 128, **changes})
+    characters = ["<pad>", "<s>", "</s>", "<unk>", "\n", *map(chr, range(32, 127))]
+    tokenizer = Tokenizer(models.WordLevel({char: number for number, char in enumerate(characters)}, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    fast.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    fast.save_pretrained(folder)
+    return folder

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from tenpak.artifact.verify import verify
     from tenpak.evaluation.evaluate import evaluate
     from tenpak.nn.load import load
-    from tenpak.pipeline import compress, predict
+    from tenpak.pipeline import compress
+    from tenpak.prediction import predict
 
 __all__ = ["TenpakError", "compress", "evaluate", "load", "open_artifact", "predict", "verify"]
 __version__ = version("tenpak")
@@ -31,7 +32,7 @@ _HOMES = {
     "evaluate": "tenpak.evaluation.evaluate",
     "load": "tenpak.nn.load",
     "open_artifact": "tenpak.artifact.reader",
-    "predict": "tenpak.pipeline",
+    "predict": "tenpak.prediction",
     "verify": "tenpak.artifact.verify",
 }
 

@@ -67,7 +67,7 @@ def compress(
     from tenpak.checkpoint.source import locate
     from tenpak.evaluation.evaluate import DEFAULT_TEXT
     from tenpak.pipeline import compress as run
-    from tenpak.pipeline import predict
+    from tenpak.prediction import predict
 
     _quiet()
     options: dict[str, Any] = {
@@ -323,11 +323,13 @@ def _quality_rows(quality: dict[str, Any]) -> list[tuple[str, str]]:
             "measured on",
             f"{quality['text']}: {quality['tokens']:,} tokens, windows of {quality['window']}, {quality['dtype']}",
         ),
-        ("speed", f"{quality['tokens_per_second_original']:,.0f} → {quality['tokens_per_second']:,.0f} tokens/s"),
     ]
+    if "tokens_per_second" in quality:  # a manifest has what is the same in every run
+        speeds = quality["tokens_per_second_original"], quality["tokens_per_second"]
+        rows.append(("speed", f"{speeds[0]:,.0f} → {speeds[1]:,.0f} tokens/s"))
     for name, found in quality.get("memory", {}).items():
         rows.append(
-            (f"resident, {name}", f"{(found['loaded'] - found['baseline']) / 1e6:.1f} MB over the empty process")
+            (f"resident, {name}", f"{(found['after_forward'] - found['baseline']) / 1e6:.1f} MB after a forward pass")
         )
     return rows
 

@@ -17,7 +17,7 @@ from tenpak.codecs.base import Codec
 from tenpak.codecs.uniform import Uniform
 from tenpak.errors import RecipeError
 
-__all__ = ["EMBEDDING_CODEC", "Override", "Plan", "PlanEntry", "make_plan"]
+__all__ = ["EMBEDDING_CODEC", "Override", "Plan", "PlanEntry", "is_parameter", "make_plan"]
 
 EMBEDDING_CODEC = Uniform(bits=8, group=None, symmetric=True)
 
@@ -48,7 +48,7 @@ class Plan:
     @property
     def parameters(self) -> int:
         """Elements of the model's parameters, tied ones once; buffers and unused tensors do not count."""
-        return sum(e.weight.numel for e in self.entries if _is_parameter(e.weight))
+        return sum(e.weight.numel for e in self.entries if is_parameter(e.weight))
 
 
 def make_plan(weights: Sequence[Weight], codec: Codec | None, overrides: Sequence[Override] = ()) -> Plan:
@@ -90,7 +90,8 @@ def _require_whole_stacks(entries: Sequence[PlanEntry]) -> None:
             )
 
 
-def _is_parameter(weight: Weight) -> bool:
+def is_parameter(weight: Weight) -> bool:
+    """Whether the tensor is a parameter of the model: not a buffer, not unused, not the copy of a tied weight."""
     return bool(weight.parameter) and weight.tied_to is None and weight.reason != "a buffer"
 
 

@@ -106,7 +106,7 @@ class Manifest(_Strict):
     versions: dict[str, str]
     source: Source
     recipe: str
-    overrides: dict[str, str]
+    overrides: tuple[str, ...]
     seed: int
     weights: dict[str, WeightEntry]
     dense: dict[str, DenseEntry]

@@ -103,7 +103,7 @@ class CompressedWeight(nn.Module):
         """Rows ``indices`` of the weight, ``[*indices.shape, in]``, in the model's dtype."""
         if self._kept is not None:
             return self._kept[0][indices]
-        return self.codec.rows(self._runtime()[0], indices).to(self.like.dtype)
+        return self.codec.rows(indices, self._runtime()[0]).to(self.like.dtype)
 
     def _runtime(self) -> list[Any]:
         if self._prepared is None:

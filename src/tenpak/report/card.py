@@ -26,7 +26,7 @@ def model_card(report: Report, manifest: Manifest, licence: str | None) -> str:
     if licence:
         front.append(f"license: {licence}")
     front.append("---")
-    overrides = "".join(f", `{pattern}` → `{recipe}`" for pattern, recipe in manifest.overrides.items())
+    overrides = "".join(f", `--set {override}`" for override in manifest.overrides)
     lines = [
         *front,
         "",

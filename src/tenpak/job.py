@@ -1,0 +1,56 @@
+"""What is to be compressed: the source opened, its tensors placed in the model, and a codec for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tenpak.allocation.plan import Override, Plan, make_plan
+from tenpak.checkpoint.source import Checkpoint, open_checkpoint, tensor_sha256
+from tenpak.checkpoint.structure import Weight, bind, build_meta_model, check_coverage
+from tenpak.recipes import parse, parse_overrides
+
+__all__ = ["Job", "open_job"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checkpoint and the plan for it, with the recipe and overrides that the plan was made from."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+    recipe: str
+    overrides: tuple[str, ...]
+
+
+def open_job(
+    source: str | Path,
+    recipe: str,
+    overrides: Sequence[str],
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Job:
+    """Open a model and plan its compression; reads headers only, and weights that are stored twice.
+
+    Raises:
+        RecipeError: the recipe or an override cannot be used.
+        CheckpointError: the source cannot be read or is not a decoder-only language model.
+    """
+    codec = parse(recipe)
+    parsed = [Override(pattern, override) for pattern, override in parse_overrides(overrides)]
+    checkpoint = open_checkpoint(source, revision=revision)
+    model = build_meta_model(checkpoint.folder, trust_remote_code=trust_remote_code)
+    weights = bind(model, checkpoint.tensors)
+    check_coverage(model, weights)
+    weights = tuple(_settle_tie(checkpoint, weight) for weight in weights)
+    return Job(checkpoint, make_plan(weights, codec, parsed), recipe, tuple(overrides))
+
+
+def _settle_tie(checkpoint: Checkpoint, weight: Weight) -> Weight:
+    """A weight that is tied on paper but stored with other values is a parameter of its own."""
+    if weight.tied_to is None:
+        return weight
+    same = len({tensor_sha256(checkpoint.read(name)) for name in (weight.name, weight.tied_to)}) == 1
+    return weight if same else replace(weight, tied_to=None)

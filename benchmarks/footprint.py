@@ -1,4 +1,4 @@
-"""What surrounds the weights: header bytes per tensor in the weight files, and resident memory of loaded models."""
+"""What surrounds the weights in the weight files: header bytes per tensor."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 from environment import ROOT
 
 import tenpak
-from tenpak.evaluation.memory import measure_memory
 
 MODEL = ROOT / "models" / "tinystories-3.7m"
 
@@ -22,11 +21,6 @@ def run() -> dict[str, Any]:
         dense = sum(artifact.tensors[name].nbytes for name in artifact.manifest.dense)
         weights = len(artifact.manifest.weights)
         overhead = report.bytes - report.payload_bits // 8 - dense
-        memory = {
-            "original": measure_memory(MODEL, runtime="original", dtype="float32"),
-            "memory": measure_memory(out, runtime="memory", dtype="float32"),
-            "speed": measure_memory(out, runtime="speed", dtype="float32"),
-        }
     return {
         "model": MODEL.name,
         "recipe": report.recipe,
@@ -37,5 +31,4 @@ def run() -> dict[str, Any]:
         "dense_tensors": len(artifact.manifest.dense),
         "overhead_bytes": overhead,
         "overhead_bytes_per_weight_tensor": overhead / weights,
-        "resident": {name: found.to_json() for name, found in memory.items()},
     }

@@ -1,4 +1,4 @@
-"""A 1.1-billion-parameter random Llama in BF16: peak resident memory and time of compress, verify and inspect.
+"""A 1.1-billion-parameter random Llama in BF16: memory and time of compress, verify, inspect and of using it.
 
 The checkpoint is written tensor by tensor, so that this needs little memory itself. Every command runs in a process of
 its own; the peak is what the kernel counted for it (``ru_maxrss``: mapped pages included).
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from tenpak.checkpoint.header import encode_header
+from tenpak.evaluation.memory import measure_memory
 
 # TinyLlama's shape.
 CONFIG = {
@@ -71,6 +72,11 @@ def run() -> dict[str, Any]:
         report = json.loads(commands["compress"].pop("stdout"))
         assert json.loads(commands["verify"].pop("stdout"))["ok"]
         commands["inspect"].pop("stdout")
+        resident = {
+            "original": measure_memory(source, runtime="original", dtype="float32"),
+            "memory": measure_memory(out, runtime="memory", dtype="float32"),
+            "speed": measure_memory(out, runtime="speed", dtype="float32"),
+        }
     return {
         "parameters": parameters,
         "recipe": report["recipe"],
@@ -80,6 +86,7 @@ def run() -> dict[str, Any]:
         "predicted_seconds": predicted["seconds"],
         "encode_and_write_seconds": report["seconds"],
         "commands": commands,
+        "resident": {name: {**found.to_json(), "model": found.model} for name, found in resident.items()},
     }
 
 
@@ -105,6 +112,6 @@ with tempfile.TemporaryFile("w+") as printed:
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - started
     printed.seek(0)
-    peak = usage.ru_maxrss * 1024
-    print(json.dumps({"wall_seconds": seconds, "peak_resident_bytes": peak, "status": status, "stdout": printed.read()}))
+    found = {"wall_seconds": seconds, "peak_resident_bytes": usage.ru_maxrss * 1024, "status": status}
+    print(json.dumps({**found, "stdout": printed.read()}))
 """

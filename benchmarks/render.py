@@ -93,7 +93,7 @@ def large() -> str:
 
 
 def footprint() -> str:
-    """Overhead and resident memory."""
+    """Overhead in the weight files."""
     result = load("footprint")
     rows = [
         ("payload bytes", f"{result['payload_bytes']:,}"),
@@ -101,16 +101,20 @@ def footprint() -> str:
         ("everything else in the weight files", f"{result['overhead_bytes']:,}"),
         ("… per compressed tensor", f"{result['overhead_bytes_per_weight_tensor']:.1f}"),
     ]
-    names = {"original": "original, FP32", "memory": 'artifact, `runtime="memory"`', "speed": 'artifact, `"speed"`'}
-    for key, name in names.items():
-        found = result["resident"][key]
-        rows.append((f"resident memory for the loaded model, MB: {name}", _megabytes(found, "loaded")))
-        rows.append((f"… and after a forward pass: {name}", _megabytes(found, "after_forward")))
     return table(("", ""), rows)
 
 
-def _megabytes(found: dict[str, Any], key: str) -> str:
-    return f"{(found[key] - found['baseline']) / 1e6:.1f}"
+def resident() -> str:
+    """What a loaded model adds to its process."""
+    names = {"original": "original", "memory": 'artifact, `runtime="memory"`', "speed": 'artifact, `runtime="speed"`'}
+    found = load("large")["resident"]
+    return table(
+        ("1.1 B parameters, FP32 arithmetic", "resident memory of the model in use, MB", "of the original's"),
+        (
+            (name, f"{found[key]['model'] / 1e6:,.0f}", f"{found[key]['model'] / found['original']['model']:.0%}")
+            for key, name in names.items()
+        ),
+    )
 
 
 def machine() -> str:
@@ -145,6 +149,7 @@ TABLES = {
     "speed": speed,
     "large": large,
     "footprint": footprint,
+    "resident": resident,
     "machine": machine,
 }
 

@@ -65,8 +65,8 @@ def figures(report: dict, quality: dict) -> Table:
     table.add_row("perplexity increase", "", change)
     table.add_row("KL divergence, nats per token", "", f"{quality['kl']:.5f} ± {quality['kl_se']:.5f}")
     table.add_row("top-1 agreement", "", f"{quality['top1']:.2%}")
-    held = {name: (found["loaded"] - found["baseline"]) / 1e6 for name, found in quality["memory"].items()}
-    table.add_row("memory for the loaded model", f"{held['original']:.1f} MB", f"{held['runtime memory']:.1f} MB")
+    held = {name: (found["after_forward"] - found["baseline"]) / 1e6 for name, found in quality["memory"].items()}
+    table.add_row("resident memory in use", *(f"{held[name]:.1f} MB" for name in ("original", "runtime memory")))
     table.add_row("measured on", "", f"{quality['text']}, {quality['tokens']:,} tokens, {quality['dtype']}")
     return table
 

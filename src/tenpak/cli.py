@@ -1,14 +1,15 @@
 """The command line: thin verbs over the library. Results on stdout, progress and messages on stderr.
 
-Exit codes: 0 done; 1 a TenpakError, told in one line with a hint; 2 wrong usage; 130 interrupted.
+Exit codes: 0 done; 1 a TenpakError, told in one line with a hint; 2 wrong usage; 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import math
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tenpak.errors import TenpakError
+from tenpak.errors import ArtifactError, CheckpointError, TenpakError
 
 __all__ = ["app", "main"]
 
@@ -33,14 +34,15 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 _err = Console(stderr=True, highlight=False)
-_out = Console(highlight=False)
+# What is piped is read by grep and its kin: a row stays on its line.
+_out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 1000)
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="model folder or Hugging Face id")]
 Artifact = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="folder that `tenpak compress` wrote")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="let transformers run the model's own code")]
 Dtype = Annotated[str, typer.Option(help="dtype that models compute in: float32, bfloat16, float16 or auto")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, …")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, …", callback=lambda name: _known_device(name))]
 
 
 @app.command()
@@ -88,9 +90,7 @@ def compress(
     elif evaluation == "none":
         evaluation = None
     with _progress("weights") as update:
-        report = run(
-            model, out, evaluation=evaluation, seed=seed, overwrite=overwrite, progress=_steps(update), **options
-        )
+        report = run(model, out, evaluation=evaluation, seed=seed, overwrite=overwrite, progress=update, **options)
     _print(report.to_json(), as_json, _report_rows(report.to_json()), str(out))
     if not as_json:
         _explain_dense(report.to_json()["dense"])
@@ -112,10 +112,8 @@ def inspect(artifact: Artifact, as_json: Json = False) -> None:
         return
     table = Table("tensor", "shape", "codec", "bits per weight", box=None, header_style="dim")
     for name, entry in manifest.weights.items():
-        numel = 1
-        for length in entry.shape:
-            numel *= length
-        table.add_row(name, "×".join(map(str, entry.shape)), _codec_name(entry.codec), f"{entry.bits / numel:.3f}")
+        rate = f"{entry.bits / math.prod(entry.shape):.3f}"
+        table.add_row(name, "×".join(map(str, entry.shape)), _codec_name(entry.codec), rate)
     _out.print(table)
     _explain_dense(report["dense"])
 
@@ -223,31 +221,60 @@ def recipes(as_json: Json = False) -> None:
     )
 
 
+class _Interrupted(BaseException):
+    """Ctrl-C, or a request to terminate; typer would turn a KeyboardInterrupt into a silent exit."""
+
+
 def main() -> None:
     """Run the command line; turns errors into one line, a hint and an exit code."""
-    signal.signal(signal.SIGTERM, _interrupt)  # so that a terminated run also cleans up
+    for number in (signal.SIGINT, signal.SIGTERM):  # so that a terminated run also cleans up
+        signal.signal(number, _interrupt)
+    warnings.showwarning = _warn
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")
     try:
         app()
-    except TenpakError as error:
+    except (TenpakError, OSError) as error:
         if debug:
             raise
-        _err.print(f"error: {error}", soft_wrap=True, markup=False)
-        if error.hint:
-            _err.print(f"hint: {error.hint}", soft_wrap=True, markup=False)
+        _fail(str(error), getattr(error, "hint", None) or _hint(error))
         sys.exit(1)
-    except KeyboardInterrupt:
-        _err.print("interrupted; nothing was left behind")
-        sys.exit(130)
-    except BrokenPipeError:  # `tenpak inspect … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    except _Interrupted as error:
+        _fail("interrupted", "what was not complete has been removed; run the command again")
+        sys.exit(128 + error.args[0])
+
+
+def _fail(message: str, hint: str) -> None:
+    _err.print(f"error: {message}", soft_wrap=True, markup=False)
+    _err.print(f"hint: {hint}", soft_wrap=True, markup=False)
+
+
+def _hint(error: Exception) -> str:
+    """What to do about an error that does not say it itself."""
+    if isinstance(error, CheckpointError):
+        return "config.json and weights must be those of one sound model: obtain it again"
+    if isinstance(error, ArtifactError):
+        return "obtain the artifact again, or compress the model again"
+    return "`--debug` shows where it happened"
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    raise _Interrupted(signum)
+
+
+def _warn(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any) -> None:
+    _err.print(f"warning: {message}", soft_wrap=True, markup=False)
+
+
+def _known_device(name: str) -> str:
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise typer.BadParameter(f"torch cannot use {name!r} here: {str(error).splitlines()[0]}") from error
+    return name
 
 
 def _quiet() -> None:
@@ -274,13 +301,9 @@ def _progress(unit: str) -> Iterator[Any]:
         def update(what: str, done: int, total: int) -> None:
             speed = progress.tasks[0].speed
             rate = f"{speed:,.0f} {unit}/s" if speed else ""
-            progress.update(task, description=what[-48:], completed=done, total=total, rate=rate)
+            progress.update(task, description=what[-48:] or "measuring", completed=done, total=total, rate=rate)
 
         yield update
-
-
-def _steps(update: Any) -> Any:
-    return lambda name, done, total: update(name or "measuring", done, total)
 
 
 def _print(data: dict[str, Any], as_json: bool, rows: list[tuple[str, str]], title: str) -> None:

@@ -205,11 +205,13 @@ def _evaluate(out: Path, job: Job, text: str | Path, trust_remote_code: bool) ->
     """Measure the written artifact in a fresh process."""
     command = [sys.executable, "-m", "tenpak", "evaluate", str(out), "--against", str(job.checkpoint.folder)]
     command += ["--text", str(text), "--json", *(["--trust-remote-code"] if trust_remote_code else [])]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    # Its progress would be drawn over that of this process; its error is told below.
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        reason = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[-1])
         raise EvaluationError(
-            f"{out} is written, but measuring it failed (exit code {done.returncode})",
-            hint="the reason is above; repeat with `tenpak evaluate`",
+            f"{out} is written, but measuring it failed: {reason}", hint="repeat it with `tenpak evaluate`"
         )
     result: dict[str, Any] = json.loads(done.stdout)
     return result

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tenpak.artifact.schema import CODES_SUFFIX, MANIFEST_NAME, Manifest, WeightEntry, load_manifest
-from tenpak.checkpoint.header import DTYPE_BYTES, TensorInfo, read_header, weight_bytes
+from tenpak.artifact.schema import (
+    CODES_SUFFIX,
+    INDEX_NAME,
+    MANIFEST_NAME,
+    Manifest,
+    WeightEntry,
+    encode_index,
+    load_manifest,
+    shard_names,
+)
+from tenpak.checkpoint.header import DTYPE_BYTES, TensorInfo, encode_header, read_header, read_whole, weight_bytes
 from tenpak.errors import ArtifactError, CheckpointError, CodecError, CorruptArtifactError
 
 if TYPE_CHECKING:
@@ -18,8 +26,6 @@ if TYPE_CHECKING:
     from tenpak.codecs.base import Payload
 
 __all__ = ["Artifact", "open_artifact"]
-
-_SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -100,17 +106,29 @@ def open_artifact(folder: str | Path) -> Artifact:
         CorruptArtifactError: manifest, headers and files contradict each other or themselves.
         UnknownCodecError: a codec that is not installed.
     """
-    from tenpak.checkpoint.source import is_artifact, read_config  # imported late: they bring torch
+    from tenpak.checkpoint.source import check_depth, is_artifact, read_config  # imported late: they bring torch
 
     folder = Path(folder)
     if not folder.is_dir():
         raise ArtifactError(f"{folder} is not a folder", hint="give the folder that `tenpak compress -o` wrote")
     if not is_artifact(folder):
         raise ArtifactError(f"{folder} is not a tenpak artifact", hint="make one with `tenpak compress MODEL -o OUT`")
+    config = read_config(folder)
     manifest = load_manifest(folder / MANIFEST_NAME)
-    files = tuple(sorted(path for path in folder.glob("*.safetensors")))
-    if not files or any(not _SHARD.fullmatch(file.name) for file in files):
+    files = tuple(sorted(folder.glob("*.safetensors")))
+    if not files or [file.name for file in files] != shard_names(len(files)):
         raise CorruptArtifactError(f"{folder} does not hold exactly its weight files", hint="obtain it again")
+    tensors = _read_headers(files)
+    _check_index(folder, files, tensors)
+    _check(manifest, tensors)
+    try:
+        check_depth(config, len(tensors))
+    except CheckpointError as error:
+        raise CorruptArtifactError(str(error), hint=error.hint) from error
+    return Artifact(folder, config, manifest, tensors, files)
+
+
+def _read_headers(files: Sequence[Path]) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     for file in files:
         try:
@@ -119,12 +137,32 @@ def open_artifact(folder: str | Path) -> Artifact:
             raise CorruptArtifactError(str(error), hint=error.hint) from error
         if tensors.keys() & header.keys():
             raise CorruptArtifactError(f"{file.name} repeats a tensor of another weight file")
+        # Hashes protect the data; this protects what is around it, down to the padding.
+        expected = encode_header((name, info.dtype, info.shape, info.nbytes) for name, info in header.items())
+        with file.open("rb") as stream:
+            if stream.read(len(expected)) != expected:
+                raise CorruptArtifactError(f"the header of {file.name} was changed", hint="obtain it again")
         tensors |= header
-    _check(manifest, tensors)
-    return Artifact(folder, read_config(folder), manifest, tensors, files)
+    return tensors
+
+
+def _check_index(folder: Path, files: Sequence[Path], tensors: Mapping[str, TensorInfo]) -> None:
+    """Dense tensors are found by the index: a false one would have transformers initialise some at random."""
+    path = folder / INDEX_NAME
+    if len(files) == 1 and not path.exists():
+        return
+    expected = encode_index(tensors)
+    try:
+        found = read_whole(path, len(expected))
+    except OSError as error:
+        raise CorruptArtifactError(f"{path.name}: {error.strerror}", hint="obtain the artifact again") from error
+    if found != expected:
+        raise CorruptArtifactError(f"{path.name} does not list what the weight files hold", hint="obtain it again")
 
 
 def _check(manifest: Manifest, tensors: Mapping[str, TensorInfo]) -> None:
+    from tenpak.checkpoint.source import is_plain_name
+
     expected = {name + CODES_SUFFIX for name in manifest.weights} | set(manifest.dense)
     if expected != tensors.keys():
         missing, extra = sorted(expected - tensors.keys()), sorted(tensors.keys() - expected)
@@ -138,9 +176,13 @@ def _check(manifest: Manifest, tensors: Mapping[str, TensorInfo]) -> None:
             raise CorruptArtifactError(f"tensor {name!r} is stored as {info.dtype} {list(info.shape)}, not as listed")
     for name, entry in manifest.weights.items():
         _check_weight(name, entry, tensors[name + CODES_SUFFIX])
+    stored = manifest.weights.keys() | manifest.dense.keys()
     for name, source in manifest.tied.items():
-        if source not in expected and source not in manifest.weights:
-            raise CorruptArtifactError(f"{name!r} is tied to {source!r}, which is not there")
+        if name in stored or source not in stored:
+            raise CorruptArtifactError(f"{name!r} is tied to {source!r}, but not exactly the second is stored")
+    for name in manifest.files:
+        if not is_plain_name(name) or name in (MANIFEST_NAME, INDEX_NAME) or name.endswith(".safetensors"):
+            raise CorruptArtifactError(f"the manifest lists {name[:99]!r}, which is no such file")
 
 
 def _check_weight(name: str, entry: WeightEntry, info: TensorInfo) -> None:

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from tenpak.checkpoint.header import TensorInfo, read_whole
 from tenpak.errors import CorruptArtifactError, FormatVersionError
 
 __all__ = [
     "CODES_SUFFIX",
     "FORMAT_VERSION",
+    "INDEX_NAME",
     "MANIFEST_NAME",
     "DenseEntry",
     "FieldSpec",
@@ -26,15 +29,18 @@ __all__ = [
     "Source",
     "WeightEntry",
     "dump_manifest",
+    "encode_index",
     "load_manifest",
+    "shard_names",
 ]
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+INDEX_NAME = "model.safetensors.index.json"
 # Appended to a compressed tensor's name. An underscore, because a dot would invite transformers' key renaming.
 CODES_SUFFIX = "_codes"
 # A manifest takes a few hundred bytes per tensor; far more than any real one, far less than would hurt.
-_MAX_MANIFEST_BYTES = 256_000_000
+_MAX_MANIFEST_BYTES = 100_000_000
 
 Natural = Annotated[int, Field(ge=0, lt=2**63)]
 Shape = Annotated[tuple[Natural, ...], Field(max_length=8)]
@@ -117,8 +123,8 @@ class Manifest(_Strict):
 
 def dump_manifest(manifest: Manifest) -> bytes:
     """Canonical bytes of a manifest, its own hash included as the last field ``sha256``."""
-    content = manifest.model_dump(mode="json")
-    return _canonical({**content, "sha256": hashlib.sha256(_canonical(content)).hexdigest()})
+    canonical = _canonical(manifest.model_dump(mode="json"))
+    return _seal(canonical, hashlib.sha256(canonical).hexdigest())
 
 
 def load_manifest(path: Path) -> Manifest:
@@ -129,33 +135,52 @@ def load_manifest(path: Path) -> Manifest:
         CorruptArtifactError: missing, changed since it was written, or not a manifest.
     """
     try:
-        if path.stat().st_size > _MAX_MANIFEST_BYTES:
-            raise CorruptArtifactError(f"{path} is too large to be a manifest")
-        raw = path.read_bytes()
+        raw = read_whole(path, _MAX_MANIFEST_BYTES)
     except OSError as error:
         raise CorruptArtifactError(
-            f"{path.parent} has no readable {path.name}", hint="an artifact is the whole folder: copy all its files"
+            f"{path.parent} has no readable {path.name}: {error.strerror}",
+            hint="an artifact is the whole folder: copy all its files",
         ) from error
     try:
-        content = json.loads(raw)
+        content = json.loads(raw.decode())
         version = content["format_version"]
-        claimed = content.pop("sha256")
+        del content["sha256"]
+        canonical = _canonical(content)
+        sealed = _seal(canonical, hashlib.sha256(canonical).hexdigest())
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise CorruptArtifactError(f"{path} is not a manifest", hint="obtain the artifact again") from error
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise FormatVersionError(
-            f"{path.parent} has format version {version!r}, this tenpak reads {FORMAT_VERSION}",
+            f"{path.parent} has format version {str(version)[:20]}, this tenpak reads {FORMAT_VERSION}",
             hint="install a tenpak that reads it, or compress the model again",
         )
-    sound = hashlib.sha256(_canonical(content)).hexdigest() == claimed
-    if not sound or _canonical({**content, "sha256": claimed}) != raw:
+    if sealed != raw:
         raise CorruptArtifactError(f"{path} was changed after it was written", hint="obtain the artifact again")
     try:
-        return Manifest.model_validate(content)
+        return Manifest.model_validate_json(canonical, strict=True)  # of JSON, because it knows no tuples
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise CorruptArtifactError(f"{path}: {where}: {first['msg']}", hint="obtain the artifact again") from error
+
+
+def shard_names(count: int) -> list[str]:
+    """The names of ``count`` weight files, in order."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def encode_index(tensors: Mapping[str, TensorInfo]) -> bytes:
+    """The index that says which of several weight files holds which tensor, as transformers wants it."""
+    total = sum(info.nbytes for info in tensors.values())
+    weight_map = {name: info.file.name for name, info in tensors.items()}
+    return (json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n").encode()
+
+
+def _seal(canonical: bytes, sha256: str) -> bytes:
+    """The JSON object ``canonical`` with its hash as one more field, which is how the file holds it."""
+    return canonical[:-1] + b',"sha256":"' + sha256.encode() + b'"}'
 
 
 def _canonical(content: object) -> bytes:

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -23,17 +24,20 @@ from typing import Any, BinaryIO, Self
 from torch import Tensor
 
 from tenpak.artifact.blob import join, layouts
-from tenpak.artifact.reader import open_artifact
 from tenpak.artifact.schema import (
     CODES_SUFFIX,
     FORMAT_VERSION,
+    INDEX_NAME,
     MANIFEST_NAME,
     DenseEntry,
     Manifest,
     WeightEntry,
     dump_manifest,
+    encode_index,
+    load_manifest,
+    shard_names,
 )
-from tenpak.checkpoint.header import DTYPE_BYTES, encode_header
+from tenpak.checkpoint.header import DTYPE_BYTES, encode_header, read_header
 from tenpak.checkpoint.source import dtype_name, is_artifact, tensor_bytes
 from tenpak.codecs.base import Payload
 from tenpak.errors import ArtifactError, OutputExistsError, TenpakError
@@ -43,7 +47,7 @@ __all__ = ["MAX_SHARD_BYTES", "ArtifactWriter", "check_output", "predicted_bytes
 MAX_SHARD_BYTES = 4_000_000_000
 REPORT_NAME = "report.json"
 CARD_NAME = "README.md"
-_INDEX_NAME = "model.safetensors.index.json"
+_SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,11 @@ class ArtifactWriter:
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self._folder = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.partial-", dir=self.out.parent))
-            self._spool: BinaryIO = (self._folder / "spool").open("w+b")
+            try:
+                self._spool: BinaryIO = (self._folder / "spool").open("w+b")
+            except BaseException:
+                shutil.rmtree(self._folder, ignore_errors=True)
+                raise
         except OSError as error:
             raise _unwritable(self.out, error) from error
         return self
@@ -144,17 +152,18 @@ class ArtifactWriter:
             OutputExistsError: the output appeared meanwhile.
         """
         self._close_shards()
+        quantization = {"quant_method": "tenpak", "format_version": FORMAT_VERSION}
+        text = json.dumps({**config, "quantization_config": quantization}, indent=2) + "\n"
         hashes = {}
         for path in copied:
             data = path.read_bytes()
             _write(self._folder / path.name, data)
             hashes[path.name] = hashlib.sha256(data).hexdigest()
-        for name, text in (texts or {}).items():
-            _write(self._folder / name, text.encode())
+        for name, content in (texts or {}).items():
+            _write(self._folder / name, content.encode())
+        hashes["config.json"] = hashlib.sha256(text.encode()).hexdigest()
         complete = manifest.model_copy(update={"weights": self.weights, "dense": self.dense, "files": hashes})
         _write(self._folder / MANIFEST_NAME, dump_manifest(complete))
-        quantization = {"quant_method": "tenpak", "format_version": FORMAT_VERSION}
-        text = json.dumps({**config, "quantization_config": quantization}, indent=2) + "\n"
         _write(self._folder / "config.json", text.encode())
         os.chmod(self._folder, 0o777 & ~_umask())  # mkdtemp made it private
         _sync_folder(self._folder)
@@ -191,27 +200,28 @@ class ArtifactWriter:
         self._close_shard()
         self._spool.close()
         (self._folder / "spool").unlink()
-        names = _shard_names(len(self._shards))
+        names = shard_names(len(self._shards))
         for number, name in enumerate(names, 1):
             (self._folder / f"shard-{number}").rename(self._folder / name)
         if len(names) > 1:
-            weight_map = {row.name: name for name, rows in zip(names, self._shards, strict=True) for row in rows}
-            total = sum(row.nbytes for rows in self._shards for row in rows)
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            _write(self._folder / _INDEX_NAME, (json.dumps(index, indent=2) + "\n").encode())
+            headers = (read_header(self._folder / name) for name in names)
+            tensors = {key: info for header in headers for key, info in header.items()}
+            _write(self._folder / INDEX_NAME, encode_index(tensors))
 
     def _move_into_place(self) -> None:
         check_output(self.out, overwrite=self.overwrite)
         retired = None
         if self.out.is_dir() and any(self.out.iterdir()):
             retired = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.replaced-", dir=self.out.parent))
-            self.out.rename(retired / self.out.name)
         try:
-            self._folder.rename(self.out)
-        except OSError:
             if retired:
-                (retired / self.out.name).rename(self.out)
-                retired.rmdir()
+                self.out.rename(retired / self.out.name)
+            self._folder.rename(self.out)
+        except BaseException:  # Ctrl-C as well: the old artifact must come back, and may only then be given up
+            if retired:
+                if not os.path.lexists(self.out):
+                    (retired / self.out.name).rename(self.out)
+                shutil.rmtree(retired, ignore_errors=True)
             raise
         _sync_folder(self.out.parent)
         if retired:
@@ -224,21 +234,22 @@ def check_output(out: Path, *, overwrite: bool) -> None:
     Raises:
         OutputExistsError: says what is in the way.
     """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
+    try:
+        if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+            return
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise _unwritable(out, error) from error
     if not out.is_dir() or not is_artifact(out):
         raise OutputExistsError(
             f"{out} exists and is not a tenpak artifact", hint="choose another -o; only an artifact is ever replaced"
         )
     if not overwrite:
         raise OutputExistsError(f"{out} exists", hint="choose another -o, or pass --overwrite to replace the artifact")
-    try:
-        artifact = open_artifact(out)
-        written = {*artifact.manifest.files, *(file.name for file in artifact.files)}
-    except TenpakError:  # a broken artifact: it cannot say which weight files are its own
-        written = {path.name for path in out.glob("*.safetensors")} | {path.name for path in out.glob("*.json")}
-    written |= {"config.json", MANIFEST_NAME, REPORT_NAME, CARD_NAME, _INDEX_NAME}
-    foreign = sorted(path.name for path in out.iterdir() if path.name not in written)
+    written = {"config.json", MANIFEST_NAME, REPORT_NAME, CARD_NAME, INDEX_NAME}
+    with contextlib.suppress(TenpakError):  # without a manifest nobody knows where the other files come from
+        written |= load_manifest(out / MANIFEST_NAME).files.keys()
+    names = (path.name for path in out.iterdir())
+    foreign = sorted(name for name in names if name not in written and not _SHARD.fullmatch(name))
     if foreign:
         raise OutputExistsError(
             f"{out} also holds {', '.join(foreign[:3])}, which tenpak did not write",
@@ -268,16 +279,12 @@ def replace_file(path: Path, data: bytes) -> None:
     try:
         _write(temporary, data)
         temporary.replace(path)
-    except OSError as error:
+    except BaseException as error:  # Ctrl-C as well
         temporary.unlink(missing_ok=True)
-        raise _unwritable(path, error) from error
+        if isinstance(error, OSError):
+            raise _unwritable(path, error) from error
+        raise
     _sync_folder(path.parent)
-
-
-def _shard_names(count: int) -> list[str]:
-    if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
 def _copy(source: BinaryIO, target: BinaryIO, nbytes: int) -> None:

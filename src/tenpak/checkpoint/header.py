@@ -10,9 +10,11 @@ Source: the format description in the safetensors README. This module needs no t
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from typing import Any, BinaryIO
 
 from tenpak.errors import CheckpointError, UnsupportedDtypeError
 
-__all__ = ["DTYPE_BYTES", "TensorInfo", "encode_header", "read_header", "read_into"]
+__all__ = ["DTYPE_BYTES", "TensorInfo", "encode_header", "read_header", "read_into", "read_whole", "weight_bytes"]
 
 DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
@@ -59,7 +61,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         UnsupportedDtypeError: a tensor's dtype is not one of ``DTYPE_BYTES``.
     """
     try:
-        size = path.stat().st_size
+        size = regular_size(path)
         with path.open("rb") as file:
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
@@ -69,7 +71,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     except OSError as error:
         raise CheckpointError(f"cannot read {path.name}: {error.strerror}", hint=f"look at {path}") from error
     header = _parse_json(raw, path)
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _broken(path, "its __metadata__ is not a mapping of strings")
     data_start = 8 + length
     tensors = {name: _tensor_info(name, entry, path, data_start) for name, entry in header.items()}
     position = data_start
@@ -98,6 +102,30 @@ def read_into(file: BinaryIO, info: TensorInfo, buffer: memoryview) -> None:
         done += count
 
 
+def read_whole(path: Path, limit: int) -> bytes:
+    """The bytes of a small file.
+
+    Raises:
+        OSError: it cannot be read, is no regular file, or has more than ``limit`` bytes.
+    """
+    if regular_size(path) > limit:
+        raise OSError(errno.EFBIG, f"larger than {limit:,} bytes")
+    with path.open("rb") as file:
+        return file.read(limit)
+
+
+def regular_size(path: Path) -> int:
+    """Size of a regular file: opening a pipe would wait for ever, and a device (``/dev/zero``) never ends.
+
+    Raises:
+        OSError: it does not exist or is something else.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+    return status.st_size
+
+
 def encode_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes:
     """Length prefix and JSON header for tensors (name, dtype, shape, bytes) stored in this order.
 
@@ -121,11 +149,12 @@ def _parse_json(raw: bytes, path: Path) -> dict[str, Any]:
         return found
 
     try:
-        header = json.loads(raw, object_pairs_hook=no_duplicates)
+        header = json.loads(raw.decode(), object_pairs_hook=no_duplicates)  # of bytes it would take UTF-16 as well
+        if not isinstance(header, dict):
+            raise _broken(path, "its header is not a JSON object")
+        "".join(header).encode()  # escapes can smuggle in surrogates, which no file or terminal takes
     except (ValueError, RecursionError) as error:
         raise _broken(path, "its header is not valid JSON") from error
-    if not isinstance(header, dict):
-        raise _broken(path, "its header is not a JSON object")
     return header
 
 
@@ -135,7 +164,7 @@ def _tensor_info(name: str, entry: object, path: Path, data_start: int) -> Tenso
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not _is_naturals(shape) or not _is_naturals(offsets) or len(offsets) != 2 or len(shape) > 8:
         raise _broken(path, f"shape or offsets of {name!r} are not small lists of natural numbers")
-    if dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise UnsupportedDtypeError(
             f"tensor {name!r} in {path.name} has dtype {dtype!r}, which tenpak does not read",
             hint=f"convert it to one of {', '.join(DTYPE_BYTES)}",

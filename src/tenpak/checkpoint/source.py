@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import pickle
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tenpak.checkpoint.header import TensorInfo, read_header, read_into, weight_bytes
+from tenpak.checkpoint.header import TensorInfo, read_header, read_into, read_whole, weight_bytes
 from tenpak.errors import (
     CheckpointError,
     MissingTensorError,
@@ -50,6 +51,12 @@ _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 # What a model folder may need besides weights; nothing else is fetched from a hub.
 _HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "README.md", "*.safetensors"]
+
+_MAX_JSON_BYTES = 100_000_000  # of config.json or an index of shards; real ones stay far below
+
+# Settings that make transformers build as many modules, which hold tensors each. A thousand are always affordable.
+_COUNT = re.compile(r"(layers?|experts)$")
+_FEW = 1024
 
 
 @dataclass(frozen=True)
@@ -174,6 +181,7 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
     if files[0].suffix == ".bin":
         pickled = _load_pickled(files)
         tensors = {key: _pickled_info(key, value, files[0]) for key, value in pickled.items()}
+        check_depth(config, len(tensors))
         return Checkpoint(folder, name, config, tensors, files, pickled)
     tensors = {}
     for file in files:
@@ -181,7 +189,24 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
             if key in tensors:
                 raise CheckpointError(f"tensor {key!r} is in {tensors[key].file.name} and in {file.name}")
             tensors[key] = info
+    check_depth(config, len(tensors))
     return Checkpoint(folder, name, config, tensors, files)
+
+
+def check_depth(config: Mapping[str, Any], tensors: int) -> None:
+    """Refuse a configuration of far more layers or experts than there are tensors: building it would take for ever.
+
+    Raises:
+        CheckpointError: names the setting.
+    """
+    parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]  # e.g. text_config
+    for key, value in (item for part in parts for item in part.items()):
+        # Models with stacked experts have more experts than tensors; they are only counted, never built one by one.
+        if _COUNT.search(key) and isinstance(value, int | float) and value > max(_FEW, tensors):
+            raise CheckpointError(
+                f"config.json says {key} = {value!r}, but there are {tensors} tensors",
+                hint="config.json and weights belong to different models",
+            )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -192,7 +217,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_whole(path, _MAX_JSON_BYTES).decode())
     except OSError as error:
         raise CheckpointError(
             f"{folder} has no readable config.json", hint="give the folder that holds config.json and the weights"
@@ -205,12 +230,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:
-    for stem in ("model.safetensors", "pytorch_model.bin"):
+    for stem in ("model.safetensors", "pytorch_model.bin"):  # in the order in which transformers looks
+        if (folder / stem).is_file():
+            return (folder / stem,)
         index = folder / f"{stem}.index.json"
         if index.is_file():
             return _indexed_files(index)
-        if (folder / stem).is_file():
-            return (folder / stem,)
     loose = sorted(folder.glob("*.safetensors"))
     if len(loose) == 1:
         return (loose[0],)
@@ -222,12 +247,12 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
 
 def _indexed_files(index: Path) -> tuple[Path, ...]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(read_whole(index, _MAX_JSON_BYTES).decode())["weight_map"]
         names = sorted(set(weight_map.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index} is not a valid index of shards", hint="obtain the file again") from error
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
+        if not isinstance(name, str) or not is_plain_name(name):
             raise CheckpointError(f"{index.name} names a shard outside its folder: {name!r}")
         if not (index.parent / name).is_file():
             raise CheckpointError(f"shard {name} is missing", hint=f"put it into {index.parent}")
@@ -242,6 +267,15 @@ def _indexed_files(index: Path) -> tuple[Path, ...]:
     return files
 
 
+def is_plain_name(name: str) -> bool:
+    """Whether ``name`` can only be a file directly in a folder: no path, nothing that a file system chokes on."""
+    try:
+        encoded = name.encode()
+    except UnicodeEncodeError:
+        return False
+    return 0 < len(encoded) < 256 and name not in (".", "..") and not any(c in "/\\" or c < " " for c in name)
+
+
 def _load_pickled(files: tuple[Path, ...]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in files:
@@ -254,11 +288,12 @@ def _load_pickled(files: tuple[Path, ...]) -> dict[str, Tensor]:
                     loaded = torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise UnsafeCheckpointError(
-                f"{file.name} holds more than tensors; reading it could run code",
+                f"{file.name} holds more than tensors (or is damaged); reading it could run code",
                 hint="convert it to safetensors in an environment that you trust",
             ) from error
-        except (OSError, RuntimeError, EOFError, ValueError) as error:
-            raise CheckpointError(f"cannot read {file.name}: {error}", hint="obtain the file again") from error
+        except Exception as error:  # the unpickler fails in any number of ways on a damaged file
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(f"cannot read {file.name}: {why}", hint="obtain the file again") from error
         if not isinstance(loaded, Mapping):
             raise CheckpointError(f"{file.name} is not a dictionary of tensors")
         tensors.update({str(key): value for key, value in loaded.items() if isinstance(value, Tensor)})
@@ -266,8 +301,11 @@ def _load_pickled(files: tuple[Path, ...]) -> dict[str, Tensor]:
 
 
 def _pickled_info(name: str, tensor: Tensor, file: Path) -> TensorInfo:
+    nbytes = tensor.numel() * tensor.itemsize
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or nbytes > tensor.untyped_storage().nbytes():
+        raise CheckpointError(f"tensor {name!r} in {file.name} is not a plain array", hint="convert it to safetensors")
     with contextlib.suppress(UnsupportedDtypeError):
-        return TensorInfo(dtype_name(tensor.dtype), tuple(tensor.shape), file, 0, tensor.numel() * tensor.itemsize)
+        return TensorInfo(dtype_name(tensor.dtype), tuple(tensor.shape), file, 0, nbytes)
     raise UnsupportedDtypeError(f"tensor {name!r} in {file.name} has dtype {tensor.dtype}, which tenpak does not read")
 
 

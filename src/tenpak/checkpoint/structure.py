@@ -278,7 +278,7 @@ def _number_experts(parameters: Mapping[str, torch.Tensor], weights: list[Weight
 
 def _mark_tied(model: Any, weights: list[Weight]) -> Iterator[Weight]:
     tied: dict[str, str] = model.all_tied_weights_keys
-    by_parameter = {weight.parameter: weight.name for weight in weights}
+    by_parameter = {weight.parameter: weight.name for weight in weights if weight.parameter}
     for weight in weights:
         source = by_parameter.get(tied.get(weight.parameter, ""))
         yield replace(weight, tied_to=source) if source else weight

@@ -45,9 +45,9 @@ def install_artifact(
     for target, source in list(model.all_tied_weights_keys.items()):
         if target in held or source in held:
             del model.all_tied_weights_keys[target]
-    unused = {re.escape(weight.name) for weight in weights if not weight.parameter}
-    ignored = set(model._keys_to_ignore_on_load_unexpected or ()) | {f"{CODES_SUFFIX}$"} | unused
-    model._keys_to_ignore_on_load_unexpected = ignored
+    unused = [re.escape(weight.name) for weight in weights if not weight.parameter]
+    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), f"{CODES_SUFFIX}$", *unused]
+    model._keys_to_ignore_on_load_unexpected = _Patterns(ignored)
     return artifact
 
 
@@ -64,6 +64,13 @@ def settle(model: Any, runtime: Runtime) -> None:
         for owner in list(model.modules()):
             _unstack(owner)
     model.save_pretrained = _Saver(model, save)
+
+
+class _Patterns(list[str]):
+    """Patterns that early releases of transformers 5 add to a list, and later ones unite with a set."""
+
+    def __or__(self, other: set[str]) -> set[str]:
+        return {*self, *other}
 
 
 class _Saver:

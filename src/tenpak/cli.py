@@ -85,16 +85,15 @@ def compress(
     if out is None:
         raise typer.BadParameter("give -o OUT, the folder to write (or --dry-run)")
     folder = locate(model, revision=revision)
+    text = None if evaluation == "none" else evaluation
     if evaluation is None and (folder / DEFAULT_TEXT).is_file():
-        evaluation = str(folder / DEFAULT_TEXT)
-    elif evaluation == "none":
-        evaluation = None
+        text = str(folder / DEFAULT_TEXT)
     with _progress("weights") as update:
-        report = run(model, out, evaluation=evaluation, seed=seed, overwrite=overwrite, progress=update, **options)
+        report = run(model, out, evaluation=text, seed=seed, overwrite=overwrite, progress=update, **options)
     _print(report.to_json(), as_json, _report_rows(report.to_json()), str(out))
     if not as_json:
         _explain_dense(report.to_json()["dense"])
-    if evaluation is None:
+    if text is None and evaluation is None:
         _err.print("[dim]quality not measured; give --evaluation TEXT, or run `tenpak evaluate`[/dim]")
 
 

@@ -6,11 +6,11 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from tenpak.artifact.reader import open_artifact
+from tenpak.artifact.reader import Artifact, open_artifact
 from tenpak.artifact.schema import CODES_SUFFIX
 from tenpak.checkpoint.header import TensorInfo
 
-__all__ = ["Verification", "verify"]
+__all__ = ["Verification", "changed_files", "verify"]
 
 _CHUNK = 1 << 22
 
@@ -43,13 +43,15 @@ def verify(folder: str | Path) -> Verification:
         for name, info in artifact.tensors.items()
         if _hash(info.file, info) != expected[name]
     ]
-    for name, sha256 in manifest.files.items():
-        path = artifact.folder / name
-        if Path(name).name != name or not path.is_file():
-            problems.append(f"file {name!r} is missing")
-        elif _hash(path) != sha256:
-            problems.append(f"file {name!r} is not the one that was written")
+    problems += [f"file {name!r} is missing or not the one that was written" for name in changed_files(artifact)]
     return Verification(len(artifact.tensors), artifact.bytes, tuple(problems))
+
+
+def changed_files(artifact: Artifact) -> list[str]:
+    """Those of the manifest's ``files`` that are gone or not what was written."""
+    paths = {name: artifact.folder / name for name in artifact.manifest.files}
+    sums = artifact.manifest.files
+    return [name for name, path in paths.items() if not path.is_file() or _hash(path) != sums[name]]
 
 
 def _hash(path: Path, info: TensorInfo | None = None) -> str:

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
 from tenpak.artifact.reader import Artifact, open_artifact
+from tenpak.artifact.verify import changed_files
 from tenpak.artifact.writer import ArtifactWriter
 from tenpak.checkpoint.source import is_artifact, locate
 from tenpak.errors import ArtifactError, CorruptArtifactError, TenpakError
@@ -61,7 +62,7 @@ def load(
         )
     except TenpakError:
         raise
-    except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, OSError) as error:
+    except Exception as error:  # a hostile configuration makes transformers raise anything
         message = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CorruptArtifactError(
             f"transformers cannot load {folder.name}: {message}",
@@ -74,12 +75,18 @@ def save(model: Any, folder: str | Path) -> None:
     """Write a loaded artifact down again: payloads as they are, dense tensors as they are now.
 
     Raises:
-        ArtifactError: the folder cannot be written, or the artifact that the model came from is gone and held tensors
-            that the model does not use.
+        ArtifactError: the folder cannot be written, or the artifact that the model came from is gone or changed: its
+            tokenizer files, and tensors that the model does not use, are copied from it.
     """
     quantizer: TenpakQuantizer = model.hf_quantizer
     artifact = quantizer.artifact
     manifest = artifact.manifest
+    changed = [name for name in changed_files(artifact) if name != "config.json"]
+    if changed:
+        raise ArtifactError(
+            f"{', '.join(changed)} in {artifact.folder} is gone or not what was written",
+            hint="the tokenizer and other files are copied from there: restore them first",
+        )
     payloads = {module.name: module for module in model.modules() if isinstance(module, CompressedWeight)}
     dense = _dense_state(model)
     with ArtifactWriter(Path(folder), overwrite=True) as writer:
@@ -89,7 +96,7 @@ def save(model: Any, folder: str | Path) -> None:
         for name, entry_ in manifest.dense.items():
             tensor = dense[name] if name in dense else _carried(artifact, name)
             writer.add_dense(name, tensor.cpu(), entry_.reason)
-        copied = [artifact.folder / name for name in manifest.files if (artifact.folder / name).is_file()]
+        copied = [artifact.folder / name for name in manifest.files if name != "config.json"]
         config = {key: value for key, value in artifact.config.items() if key != "quantization_config"}
         writer.publish(manifest.model_copy(update={"quality": None}), config, copied=copied)
 

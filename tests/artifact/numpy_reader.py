@@ -1,0 +1,150 @@
+"""An independent reader of artifacts, written from docs/format.md: numpy and the standard library only.
+
+``Reader(folder).decode(name)`` gives a compressed tensor as FP32, ``dense(name)`` one that is stored as it was.
+It checks what the format says a reader checks. It is slow and plain on purpose.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2,
+         "U8": 1, "BOOL": 1}  # fmt: skip
+NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U64": "<u8",
+         "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?"}  # fmt: skip
+
+NORMAL_LEVELS = {
+    2: "-1 0 0.43581817 1",
+    3: "-1 -0.53502274 -0.24693143 0 0.18333748 0.38199395 0.6229857 1",
+    4: "-1 -0.6961928 -0.52507293 -0.39491743 -0.28444132 -0.1847734 -0.09104998 0 "
+    "0.079580314 0.16093014 0.24611226 0.33791512 0.44070974 0.5626169 0.72295666 1",
+}
+
+
+class Reader:
+    """An opened artifact: ``manifest`` as parsed, ``tensors`` by stored name as (dtype, shape, file, start, end)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = read_manifest(folder / "manifest.json")
+        self.tensors: dict[str, tuple[str, list[int], Path, int, int]] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            self.tensors.update(read_header(file))
+        stored = {f"{name}_codes" for name in self.manifest["weights"]} | set(self.manifest["dense"])
+        require(stored == set(self.tensors), "manifest and weight files list different tensors")
+        for name, sha256 in self.manifest["files"].items():
+            require(hashlib.sha256((folder / name).read_bytes()).hexdigest() == sha256, f"{name} was changed")
+
+    def read(self, stored: str, sha256: str) -> bytes:
+        """The bytes of a stored tensor, compared with their hash."""
+        _, _, file, start, end = self.tensors[stored]
+        with file.open("rb") as stream:
+            stream.seek(start)
+            data = stream.read(end - start)
+        require(hashlib.sha256(data).hexdigest() == sha256, f"{stored} was changed")
+        return data
+
+    def dense(self, name: str) -> np.ndarray:
+        """A tensor stored as it was; BF16 comes as FP32."""
+        entry = self.manifest["dense"][name]
+        return array(self.read(name, entry["sha256"]), entry["dtype"], entry["shape"])
+
+    def decode(self, name: str) -> np.ndarray:
+        """A compressed tensor, FP32, in the shape and orientation of the source checkpoint."""
+        entry = self.manifest["weights"][name]
+        blob = self.read(f"{name}_codes", entry["sha256"])
+        require(8 * len(blob) == entry["bits"], "bits")
+        rows, columns = entry["shape"][-2:]
+        if entry["transposed"]:
+            rows, columns = columns, rows
+        matrices, position = [], 0
+        for layout in entry["payloads"]:
+            for _ in range(layout["count"]):
+                fields = {}
+                for spec in layout["fields"]:
+                    size = math.prod(spec["shape"]) * BYTES[spec["dtype"]]
+                    require(position + size <= len(blob), "blob is too short")
+                    fields[spec["name"]] = array(blob[position : position + size], spec["dtype"], spec["shape"])
+                    position += size
+                matrix = decode_matrix(entry["codec"], fields, rows, columns)
+                matrices.append(matrix.T if entry["transposed"] else matrix)
+        require(position == len(blob), "blob is too long")
+        return np.stack(matrices).reshape(entry["shape"])
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest, after checking the hash of its own bytes."""
+    raw = path.read_bytes()
+    body, seal = raw[:-77], raw[-77:]
+    sha256 = hashlib.sha256(body + b"}").hexdigest()
+    require(seal == b',"sha256":"' + sha256.encode() + b'"}', "the manifest was changed")
+    manifest: dict[str, Any] = json.loads(raw)
+    require(manifest["format_version"] == 1, "another version of the format")
+    return manifest
+
+
+def read_header(file: Path) -> dict[str, tuple[str, list[int], Path, int, int]]:
+    """The tensors of a safetensors file; start and end count from the beginning of the file."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        require(length <= size - 8, "the header is longer than the file")
+        header = json.loads(stream.read(length))
+    require(header.pop("__metadata__") == {"format": "pt"}, "metadata")
+    found, position = {}, 8 + length
+    for name, entry in header.items():
+        start, end = (8 + length + offset for offset in entry["data_offsets"])
+        require(start == position and end - start == math.prod(entry["shape"]) * BYTES[entry["dtype"]], name)
+        found[name] = (entry["dtype"], entry["shape"], file, start, end)
+        position = end
+    require(position == size, "the file has another size than its header says")
+    return found
+
+
+def array(data: bytes, dtype: str, shape: list[int]) -> np.ndarray:
+    """Little-endian, row-major bytes as an array; BF16 is the upper half of an FP32."""
+    if dtype == "BF16":
+        return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32).reshape(shape)
+    return np.frombuffer(data, NUMPY[dtype]).reshape(shape)
+
+
+def decode_matrix(codec: dict[str, Any], fields: dict[str, np.ndarray], rows: int, columns: int) -> np.ndarray:
+    """One payload as an FP32 matrix ``[rows, columns]``."""
+    if codec["id"] == "dense/1":
+        return fields["values"].astype(np.float32)
+    if codec["id"] == "residual/1":
+        base = {name[5:]: field for name, field in fields.items() if name.startswith("base_")}
+        rest = {name[5:]: field for name, field in fields.items() if name.startswith("rest_")}
+        return decode_matrix(codec["base"], base, rows, columns) + decode_matrix(codec["rest"], rest, rows, columns)
+    bits = codec["bits"]
+    codes = unpack(fields["codes"], bits, columns)
+    size = columns if codec["group"] is None else codec["group"]
+    group = np.arange(columns) // size  # of each column
+    scales = fields["scales"].astype(np.float32)[:, group]
+    if codec["id"] == "normalfloat/1":
+        learned = codec["levels"] == "learned"
+        levels = fields["levels"] if learned else np.array(NORMAL_LEVELS[bits].split(), dtype=np.float32)
+        return levels.astype(np.float32)[codes] * scales
+    require(codec["id"] == "uniform/1", f"unknown codec {codec['id']}")
+    if codec["symmetric"]:
+        return scales * (codes.astype(np.float32) - np.float32(2 ** (bits - 1)))
+    return fields["offsets"].astype(np.float32)[:, group] + scales * codes.astype(np.float32)
+
+
+def unpack(packed: np.ndarray, bits: int, columns: int) -> np.ndarray:
+    """Codes ``[rows, columns]`` of packed rows: a stream of bits per row, least significant first."""
+    stream = np.unpackbits(packed, axis=1, bitorder="little")[:, : columns * bits]
+    return stream.reshape(len(packed), columns, bits) @ (1 << np.arange(bits))
+
+
+def require(condition: bool, what: str) -> None:
+    """Raise ValueError unless the artifact is as the format says."""
+    if not condition:
+        raise ValueError(f"not a sound artifact: {what}")

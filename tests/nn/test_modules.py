@@ -1,0 +1,67 @@
+"""The modules by themselves: what reads ``weight``, devices and dtypes, repr, subclasses of the model's own."""
+
+from __future__ import annotations
+
+import torch
+from compressed import MakeCase
+from torch import nn
+
+import tenpak
+from tenpak.artifact.reader import open_artifact
+from tenpak.nn.modules import CompressedConv1D, CompressedEmbedding, CompressedLinear, CompressedWeight
+
+
+def test_weight_is_the_decoded_tensor_in_its_own_orientation(case: MakeCase) -> None:
+    for family, path, kind in (
+        ("llama", "model.layers.0.mlp.up_proj", CompressedLinear),
+        ("gpt2", "transformer.h.0.mlp.c_fc", CompressedConv1D),
+        ("gemma2", "model.embed_tokens", CompressedEmbedding),
+        ("opt", "model.decoder.embed_tokens", CompressedEmbedding),
+    ):
+        made = case(family)
+        module = tenpak.load(made.artifact).get_submodule(path)
+        assert isinstance(module, kind)
+        artifact = open_artifact(made.artifact)
+        assert torch.equal(module.weight, artifact.decode(module.payload.name))
+
+
+def test_module_keeps_the_behaviour_of_its_class(case: MakeCase) -> None:
+    """Gemma scales what it looks up."""
+    embedding = tenpak.load(case("gemma2").artifact).model.embed_tokens
+    assert isinstance(embedding, CompressedEmbedding)
+    assert type(embedding).__mro__[1].__name__ == "Gemma2TextScaledWordEmbedding"
+    tokens = torch.tensor([[3, 50]])
+    assert torch.allclose(embedding(tokens), embedding.weight[tokens] * embedding.embed_scale)
+    assert embedding.embed_scale != 1
+
+
+def test_modules_are_still_what_they_were_to_isinstance(case: MakeCase) -> None:
+    model = tenpak.load(case("llama").artifact)
+    assert isinstance(model.lm_head, nn.Linear)
+    assert model.lm_head.in_features == 32
+    assert model.lm_head.out_features == 96
+
+
+def test_nothing_of_a_compressed_weight_is_trained_or_counted_as_a_parameter(case: MakeCase) -> None:
+    model = tenpak.load(case("llama").artifact)
+    compressed = set(open_artifact(case("llama").artifact).manifest.weights)
+    assert not compressed & {name for name, _ in model.named_parameters()}
+
+
+def test_representation_says_codec_and_rate(case: MakeCase) -> None:
+    model = tenpak.load(case("llama").artifact)
+    text = repr(model.model.layers[0].mlp.up_proj)
+    assert "uniform/1" in text
+    assert "5 bpw" in text  # int4:g32: 4 bits + (16 + 16) / 32
+
+
+def test_keep_and_forget(case: MakeCase) -> None:
+    model = tenpak.load(case("llama").artifact)
+    weight = next(module for module in model.modules() if isinstance(module, CompressedWeight))
+    x = torch.randn(3, weight.entry.shape[1], generator=torch.Generator().manual_seed(0))
+    before = weight.matmul(x)
+    weight.keep()
+    assert weight.matrix() is weight.matrix()
+    assert torch.allclose(weight.matmul(x), before, atol=1e-6)
+    weight.forget()
+    assert weight.matrix() is not weight.matrix()

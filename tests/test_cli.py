@@ -1,0 +1,288 @@
+"""The command line: results on stdout, everything else on stderr, exit codes that mean something."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from families import make_tiny_talker
+from typer.testing import CliRunner
+
+import tenpak
+from tenpak import cli
+from tenpak.recipes import PRESETS, parse
+
+VERBS = ("compress", "inspect", "verify", "evaluate", "generate", "recipes")
+TEXT = "the cat sat on the mat and looked at the moon.\n" * 12  # enough windows for a standard error
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``model``, ``text.txt`` and ``artifact`` in it; read-only for tests."""
+    folder = tmp_path_factory.mktemp("cli")
+    make_tiny_talker(folder / "model")
+    (folder / "text.txt").write_text(TEXT)
+    tenpak.compress(folder / "model", folder / "artifact", overrides=("lm_head=dense",))
+    return folder
+
+
+def run(*arguments: object, cwd: Path | None = None, **options: object) -> subprocess.CompletedProcess[str]:
+    """The real program in a process of its own."""
+    command = [sys.executable, "-m", "tenpak", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False, **options)
+
+
+def invoke(*arguments: object) -> tuple[str, str]:
+    """The same in this process, where it succeeds; stdout and stderr."""
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.stderr
+    return result.stdout, result.stderr
+
+
+@pytest.fixture(autouse=True)
+def consoles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Consoles that write to whatever stdout and stderr are at the time: CliRunner replaces them."""
+    monkeypatch.setattr(cli._out, "_file", None)
+    monkeypatch.setattr(cli._err, "_file", None)
+
+
+# Help ------------------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_every_verb() -> None:
+    out, _ = invoke("--help")
+    assert all(verb in out for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_every_verb_explains_every_option(verb: str) -> None:
+    out, _ = invoke(verb, "--help")
+    assert "--json" in out
+    for line in out.splitlines():
+        if line.strip().startswith("--") and len(line.split()) < 3 and "--help" not in line:
+            pytest.fail(f"unexplained option: {line}")
+
+
+def test_no_arguments_shows_help() -> None:
+    done = run()
+    assert done.returncode == 2
+    assert "compress" in done.stdout + done.stderr
+
+
+# Verbs, for people and for machines ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def measured(work: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """What compressing a model that has a text of its own wrote and printed."""
+    model = make_tiny_talker(work / "with text")
+    (model / "texts").mkdir()
+    (model / "texts" / "evaluation.txt").write_text(TEXT)
+    return work / "measured", run("compress", model, "-o", work / "measured")
+
+
+def test_compress_writes_and_reports(measured) -> None:
+    folder, done = measured
+    assert done.returncode == 0, done.stderr
+    report = json.loads((folder / "report.json").read_text())
+    for fact in (f"{report['bytes']:,}", f"{report['bpw']:.3f}", f"{report['ratio_fp32']:.2f}×", "left dense", "KL"):
+        assert fact in done.stdout
+    assert done.stderr == ""  # no terminal, no bar
+    assert tenpak.verify(folder).ok
+
+
+def test_models_own_text_is_the_default_and_none_means_none(measured, tmp_path: Path) -> None:
+    folder, _ = measured
+    assert json.loads((folder / "report.json").read_text())["quality"]["text"] == "evaluation.txt"
+    out, _ = invoke("compress", folder.parent / "with text", "-o", tmp_path / "out", "--evaluation", "none", "--json")
+    assert json.loads(out)["quality"] is None
+
+
+def test_compress_json(work: Path, tmp_path: Path) -> None:
+    out, err = invoke("compress", work / "model", "-o", tmp_path / "out", "-r", "nf4", "--set", "embed*=int4", "--json")
+    report = json.loads(out)
+    assert report == {
+        key: value for key, value in json.loads((tmp_path / "out" / "report.json").read_text()).items() if key in report
+    }
+    assert report["recipe"] == "nf4"
+    assert report["quality"] is None
+    assert "quality not measured" in err
+
+
+def test_dry_run_writes_nothing_and_is_exact(work: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    out, _ = invoke("compress", work / "model", "-o", tmp_path / "out", "--dry-run", "--json")
+    prediction = json.loads(out)
+    people, _ = invoke("compress", work / "model", "--dry-run")
+    assert sorted(tmp_path.rglob("*")) == before
+    assert f"{prediction['bytes']:,} bytes" in people
+    assert prediction["exact"]
+    assert {"memory", "disk", "seconds", "bpw", "dense"} <= set(prediction)
+    written, _ = invoke("compress", work / "model", "-o", tmp_path / "out", "--evaluation", "none", "--json")
+    assert json.loads(written)["bytes"] == prediction["bytes"]
+
+
+def test_inspect(work: Path) -> None:
+    machine = json.loads(invoke("inspect", work / "artifact", "--json")[0])
+    assert machine["bytes"] == (work / "artifact" / "model.safetensors").stat().st_size
+    assert machine["weights"]["model.layers.0.mlp.up_proj.weight"]["codec"]["id"] == "uniform/1"
+    people, _ = invoke("inspect", work / "artifact")
+    assert f"{machine['bytes']:,}" in people
+    # Every tensor in full on a line of its own, however narrow a terminal would be: for grep.
+    for name in machine["weights"]:
+        assert any(line.split()[:1] == [name] for line in people.splitlines()), name
+    assert "set dense by 'lm_head'" in people
+
+
+def test_inspect_shows_measured_quality(measured) -> None:
+    machine = json.loads(invoke("inspect", measured[0], "--json")[0])
+    people, _ = invoke("inspect", measured[0])
+    assert f"{machine['quality']['ppl']:.4f}" in people
+
+
+def test_verify(work: Path) -> None:
+    machine = json.loads(invoke("verify", work / "artifact", "--json")[0])
+    assert machine == {"ok": True, "tensors": machine["tensors"], "problems": []}
+    assert machine["tensors"] == 21
+    people, _ = invoke("verify", work / "artifact")
+    assert people.startswith("intact: 21 tensors")
+
+
+def test_evaluate(work: Path) -> None:
+    arguments = ("evaluate", work / "artifact", "--against", work / "model", "--text", work / "text.txt")
+    machine = json.loads(invoke(*arguments, "--json")[0])
+    assert {"bytes", "bpw", "ratio_fp32", "ratio_checkpoint", "ppl_original", "ppl", "ppl_increase", "kl", "top1",
+            "tokens", "ppl_increase_se", "kl_se", "top1_se"} <= set(machine)  # fmt: skip
+    people, _ = invoke(*arguments, "--window", "32", "--stride", "32", "--dtype", "float32")
+    assert "windows of 32" in people
+    assert "nats per token" in people
+
+
+def test_generate(work: Path) -> None:
+    arguments = ("generate", work / "artifact", "--prompt", "the cat", "--tokens", "5")
+    machine = json.loads(invoke(*arguments, "--json")[0])
+    assert machine["prompt"] == "the cat"
+    people, _ = invoke(*arguments)
+    assert people.startswith("the cat")
+    assert people.rstrip("\n") == ("the cat" + machine["continuation"]).rstrip("\n")
+    sampled = [
+        json.loads(invoke(*arguments, "--temperature", "1", "--seed", seed, "--json")[0])["continuation"]
+        for seed in (1, 1, 2)
+    ]
+    assert sampled[0] == sampled[1] != sampled[2]
+    assert json.loads(invoke("generate", work / "model", "-p", "the", "--tokens", "3", "--json")[0])["continuation"]
+
+
+def test_recipes() -> None:
+    machine = json.loads(invoke("recipes", "--json")[0])
+    assert set(machine) == set(PRESETS)
+    assert all(parse(entry["recipe"]) is not None for entry in machine.values())
+    people, _ = invoke("recipes")
+    assert all(name in people for name in PRESETS)
+
+
+# Exit codes, streams, terminals ----------------------------------------------------------------------------------
+
+
+def test_errors_are_two_lines_and_exit_code_one(work: Path) -> None:
+    done = run("inspect", work / "model")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    first, second = done.stderr.splitlines()
+    assert first.startswith("error: ")
+    assert second.startswith("hint: ")
+
+
+def test_debug_shows_the_traceback(work: Path) -> None:
+    done = run("inspect", work / "model", "--debug")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "ArtifactError" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("compres",), ("compress",), ("compress", "model"), ("compress", "model", "--wat"),
+        ("compress", "model", "-o", "out", "--seed", "many"), ("evaluate", "artifact"), ("generate", "model"),
+        ("generate", "model", "-p", "x", "--tokens", "0"), ("generate", "model", "-p", "x", "--device", "abacus"),
+    ],
+)  # fmt: skip
+def test_wrong_usage_is_exit_code_two(arguments: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(cli.app, list(arguments))
+    assert result.exit_code == 2
+    assert "Usage" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_verify_of_a_damaged_artifact_fails_and_names_the_tensor(work: Path, tmp_path: Path) -> None:
+    shutil.copytree(work / "artifact", tmp_path / "damaged")
+    file = tmp_path / "damaged" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 128
+    file.write_bytes(data)
+    done = run("verify", tmp_path / "damaged")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: the bytes of tensor '")
+    assert "\nhint: " in done.stderr
+    machine = run("verify", tmp_path / "damaged", "--json")
+    assert machine.returncode == 1
+    assert json.loads(machine.stdout)["ok"] is False
+    assert len(json.loads(machine.stdout)["problems"]) == 1
+
+
+@pytest.mark.parametrize("verb", ["inspect", "recipes"])
+def test_reader_that_goes_away_is_no_crash(verb: str, work: Path) -> None:
+    arguments = [verb, str(work / "artifact")] if verb == "inspect" else [verb]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tenpak", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()  # before it has written anything
+    _, error = process.communicate(timeout=60)
+    assert error == b""
+    assert process.returncode in (0, 1)
+
+
+def test_progress_is_for_terminals_and_goes_to_stderr(work: Path, tmp_path: Path) -> None:
+    main, other = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tenpak", "compress", work / "model", "-o", tmp_path / "out", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=other,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
+    )
+    os.close(other)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(main, 65536)
+        except OSError:  # the terminal's other end is closed
+            break
+        if not piece:
+            break
+        shown += piece
+    out, _ = process.communicate(timeout=60)
+    os.close(main)
+    assert process.returncode == 0
+    assert json.loads(out)["bytes"]
+    assert b"%" in shown or "━".encode() in shown
+
+
+def test_brackets_in_names_are_no_markup(work: Path, tmp_path: Path) -> None:
+    (tmp_path / "a[").mkdir()
+    for name in ("[bold]", "a[/b]"):
+        (tmp_path / name).symlink_to(work / "artifact")
+        done = run("inspect", name, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[0].strip() == name
+
+
+def test_warnings_are_one_line_without_a_path(capsys: pytest.CaptureFixture) -> None:
+    cli._warn(UserWarning("the text is [short]: figures are noisy"), UserWarning, "/somewhere/evaluate.py", 12)
+    assert capsys.readouterr().err == "warning: the text is [short]: figures are noisy\n"

@@ -12,6 +12,7 @@ from tenpak.codecs.base import Codec
 from tenpak.codecs.dense import Dense
 from tenpak.codecs.normalfloat import NormalFloat
 from tenpak.codecs.residual import Residual
+from tenpak.codecs.rounding import Gptq, Nearest
 from tenpak.codecs.uniform import Uniform
 from tenpak.errors import RecipeError, UnknownCodecError
 from tenpak.recipes import PRESETS, format, parse, parse_overrides
@@ -37,6 +38,16 @@ from tenpak.recipes import PRESETS, format, parse, parse_overrides
         ("int4:g16+int2:g16", Residual(Uniform(4, 16), Uniform(2, 16))),
         ("int4 + nf2 + int2", Residual(Uniform(4), Residual(NormalFloat(2), Uniform(2)))),
         ("nf4-learned+int2:g16", Residual(NormalFloat(4, 64, "learned"), Uniform(2, 16))),
+        ("gptq-int4", Uniform(4, 128, rounding=Gptq())),
+        ("gptq-int4:g32", Uniform(4, 32, rounding=Gptq())),
+        ("gptq-int8", Uniform(8, 128, rounding=Gptq())),
+        ("gptq-int3:row:search", Uniform(3, None, True, True, Gptq())),
+        ("gptq-int4:actorder:damp=0.02:sweeps=2", Uniform(4, 128, rounding=Gptq(0.02, "activation", 2))),
+        ("GPTQ-int4 : damp=1e-5 : sym", Uniform(4, 128, True, rounding=Gptq(1e-5))),
+        ("gptq-nf4", NormalFloat(4, 128, rounding=Gptq())),
+        ("gptq-nf3:g64:learned:sweeps=1", NormalFloat(3, 64, "learned", Gptq(sweeps=1))),
+        ("gptq-int4+gptq-int2:g16", Residual(Uniform(4, 128, rounding=Gptq()), Uniform(2, 16, rounding=Gptq()))),
+        ('{"id": "uniform/1", "bits": 4, "rounding": "gptq"}', Uniform(4, rounding=Gptq())),
         ("bf16", Dense("bfloat16")),
         ("fp16", Dense("float16")),
         ("fp32", Dense("float32")),
@@ -59,6 +70,12 @@ def test_parse(text: str, codec: Codec | None) -> None:
         (Uniform(8, None), "int8:row:asym"),
         (NormalFloat(3, None, "learned"), "nf3:row:learned"),
         (Residual(Uniform(4, 16), Residual(Uniform(2, 16), Dense("float16"))), "int4:g16+int2:g16+fp16"),
+        (Uniform(4, 128, rounding=Gptq()), "gptq-int4:g128"),
+        (
+            Uniform(4, 32, True, True, Gptq(0.02, "activation", 2)),
+            "gptq-int4:g32:sym:search:actorder:damp=0.02:sweeps=2",
+        ),
+        (NormalFloat(4, None, "learned", Gptq(1e-6)), "gptq-nf4:row:learned:damp=1e-06"),
         (None, "dense"),
     ],
 )
@@ -66,10 +83,13 @@ def test_format(codec: Codec | None, text: str) -> None:
     assert format(codec) == text
 
 
+roundings = st.just(Nearest()) | st.builds(
+    Gptq, st.floats(1e-6, 1), st.sampled_from(["natural", "activation"]), st.integers(0, 100)
+)
 groups = st.none() | st.integers(8, 256)
 stages = st.one_of(
-    st.builds(Uniform, st.integers(2, 8), groups, st.booleans(), st.booleans()),
-    st.builds(NormalFloat, st.integers(2, 4), groups, st.sampled_from(["normal", "learned"])),
+    st.builds(Uniform, st.integers(2, 8), groups, st.booleans(), st.booleans(), roundings),
+    st.builds(NormalFloat, st.integers(2, 4), groups, st.sampled_from(["normal", "learned"]), roundings),
     st.builds(Dense, st.sampled_from(["float32", "bfloat16", "float16"])),
 )
 codecs = st.recursive(stages, lambda inner: st.builds(Residual, inner, inner), max_leaves=5)
@@ -82,8 +102,13 @@ def test_format_round_trips(codec: Codec) -> None:
     assert parse(json.dumps(codec.to_json())) == codec
 
 
+gptq_text = st.lists(
+    st.sampled_from(["g32", "damp=", "damp=inf", "sweeps=3", "sweeps=1e9", "=", "actorder", "sym"])
+).map(lambda words: ":".join(["gptq-int4", *words]))
+
+
 @settings(deadline=None, max_examples=500, derandomize=True)
-@given(st.text(max_size=30) | st.text(alphabet='intfgrow0123456789:+{}" -', max_size=20))
+@given(st.text(max_size=30) | st.text(alphabet='intfgrow0123456789:+{}" -', max_size=20) | gptq_text)
 def test_any_text_is_a_recipe_or_a_recipe_error(text: str) -> None:
     try:
         codec = parse(text)
@@ -108,6 +133,20 @@ def test_any_text_is_a_recipe_or_a_recipe_error(text: str) -> None:
         ("int4_g32", "'int4_g32' is not a recipe", "int4-g32"),
         ("nf4-lerned", "is not a recipe", "nf4-learned"),
         ("int4:sym:asym", "both sym and asym", "one of them"),
+        ("gptq-int4:damp=0", "damping must be a number from 1e-06 to 1", "1e-06 to 1"),
+        ("gptq-int4:damp=nan", "damping must be", "1e-06 to 1"),
+        ("gptq-int4:damp=much", "damp is a number", "damp=0.02"),
+        ("gptq-int4:sweeps=1.5", "sweeps a count", "sweeps=2"),
+        ("gptq-int4:sweeps=1000", "sweeps must be an integer from 0 to 100, got 1000", "0 to 100"),
+        ("gptq-int4:damp=0.1:damp=0.2", "damp more than once", "one of them"),
+        ("gptq-int4:actorder:actorder", "order more than once", "one of them"),
+        ("gptq-int4:damp", "'damp' is not an option", "'damp='"),
+        ("gptq-int4:act-order", "'act-order' is not an option", "'actorder'"),
+        ("int4:actorder", "needs a gptq- stage", "options are"),
+        ("nf4:damp=0.1", "needs a gptq- stage", "options are"),
+        ("gptq-int9", "bits must be an integer from 2 to 8, got 9", "2 to 8"),
+        ("gptqint4", "'gptqint4' is not a recipe", "gptq-int4"),
+        ("gptq-bf16", "'gptq-bf16' is not a recipe", "int4:g32"),
         ("int4:g32:row", "more than once", "one of them"),
         ("int4:search:search", "more than once", "one of them"),
         ("int4+", "'' in recipe 'int4\\+' is not a recipe", "int4:g32"),

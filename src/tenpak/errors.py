@@ -4,7 +4,7 @@
 
     TenpakError
     ├ CheckpointError    MissingTensorError, UnsupportedDtypeError, UnsafeCheckpointError
-    ├ CalibrationError   MissingStatisticsError
+    ├ CalibrationError   MissingStatisticsError, SingularHessianError
     ├ CodecError         UnknownCodecError (LookupError), UnsupportedShapeError, InvalidPayloadError,
     │                    RecipeError (ValueError)
     ├ ArtifactError      FormatVersionError, CorruptArtifactError, OutputExistsError
@@ -25,9 +25,11 @@ __all__ = [
     "EvaluationError",
     "FormatVersionError",
     "InvalidPayloadError",
+    "MissingStatisticsError",
     "MissingTensorError",
     "OutputExistsError",
     "RecipeError",
+    "SingularHessianError",
     "TenpakError",
     "UnknownCodecError",
     "UnsafeCheckpointError",
@@ -66,7 +68,15 @@ class UnsafeCheckpointError(CheckpointError):
 
 
 class CalibrationError(TenpakError):
-    """A calibration or evaluation text cannot be used."""
+    """A calibration or evaluation text cannot be used, or what calibration found does not suffice."""
+
+
+class MissingStatisticsError(CalibrationError):
+    """A codec or rounding needs statistics that are not there."""
+
+
+class SingularHessianError(CalibrationError):
+    """A Hessian cannot be factored, however much it is damped."""
 
 
 class CodecError(TenpakError):

@@ -3,15 +3,17 @@
 Grammar (case and surrounding blanks do not matter)::
 
     recipe  = "dense" | stage { "+" stage } | JSON object       a sum encodes what the stages before it leave
-    stage   = "int" BITS { ":" option }                         uniform, BITS 2 to 8
-            | "nf" BITS { ":" option }                          normalfloat, BITS 2 to 4
+    stage   = [ "gptq-" ] "int" BITS { ":" option }             uniform, BITS 2 to 8
+            | [ "gptq-" ] "nf" BITS { ":" option }              normalfloat, BITS 2 to 4
             | "fp32" | "bf16" | "fp16"                          dense in that dtype
             | preset name
     option  = "g" SIZE | "row"                                  weights per scale, 8 to 256, or one scale per row
             | "sym" | "asym" | "search"                         int only
             | "learned"                                         nf only
+            | "actorder" | "damp=" NUMBER | "sweeps=" COUNT     gptq only: order, relative damping, coordinate descent
 
-What is left out: ``g32`` for int2 to int7, ``row`` for int8, ``g64`` for nf; ``sym`` for rows, ``asym`` for groups.
+What is left out: ``g32`` for int2 to int7, ``row`` for int8, ``g64`` for nf, ``g128`` for gptq; ``sym`` for rows,
+``asym`` for groups; ``damp=0.01`` and ``sweeps=0``. Without ``gptq-`` weights are rounded to nearest.
 ``dense`` means "leave it as it was" and parses to None.
 """
 
@@ -28,6 +30,7 @@ from tenpak.codecs.base import Codec
 from tenpak.codecs.dense import Dense
 from tenpak.codecs.normalfloat import NormalFloat
 from tenpak.codecs.residual import Residual
+from tenpak.codecs.rounding import Gptq, Nearest, Rounding
 from tenpak.codecs.uniform import Uniform
 from tenpak.errors import RecipeError
 
@@ -60,12 +63,16 @@ PRESETS: dict[str, Preset] = {
     "nf4": Preset("nf4:g64", "4 bits on normal quantiles, one scale for every 64 weights (as in QLoRA)"),
     "nf3-learned": Preset("nf3:g64:learned", "nf3 with levels learned for each tensor (Lloyd-Max)"),
     "nf4-learned": Preset("nf4:g64:learned", "nf4 with levels learned for each tensor (Lloyd-Max)"),
+    "gptq-int4": Preset("gptq-int4:g128", "int4-g128 that makes up for rounding errors (GPTQ); needs calibration"),
+    "gptq-int3": Preset("gptq-int3:g128", "3 bits, scale and offset for every 128 weights, GPTQ; needs calibration"),
     "int8": Preset("int8:row", "8 bits, one symmetric scale per row: what embeddings and heads take by default"),
 }
 
 _DENSE_WORDS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _INT_OPTIONS = ("row", "sym", "asym", "search")
 _NF_OPTIONS = ("row", "learned")
+_GPTQ_OPTIONS = ("actorder", "damp=", "sweeps=")
+_VALUE = re.compile(r"(damp|sweeps)=(.*)")
 _EXAMPLES = "a recipe looks like int4:g32, int8:row, nf4:g64 or int4:g16+int2:g16; `tenpak recipes` lists presets"
 
 
@@ -146,18 +153,45 @@ def _parse_stage(stage: str, recipe: str) -> Codec:
             hint="to store what remains in full use fp32, bf16 or fp16",
         )
     head, *options = [word.strip() for word in stage.split(":")]
-    match = re.fullmatch(r"(int|nf)(\d{1,4})", head)
+    match = re.fullmatch(r"(gptq-)?(int|nf)(\d{1,4})", head)
     if match is None:
         raise _unknown_stage(head, stage, recipe)
-    bits = int(match[2])
-    if match[1] == "int":
-        group, words = _options(options, _INT_OPTIONS, 32 if bits != 8 else None, recipe)
-        if {"sym", "asym"} <= words:
-            raise RecipeError(f"{recipe!r} asks for both sym and asym", hint="keep one of them")
-        symmetric = "sym" in words or (group is None and "asym" not in words)
-        return Uniform(bits, group, symmetric, "search" in words)
-    group, words = _options(options, _NF_OPTIONS, 64, recipe)
-    return NormalFloat(bits, group, "learned" if "learned" in words else "normal")
+    kind, bits = match[2], int(match[3])
+    known = _INT_OPTIONS if kind == "int" else _NF_OPTIONS
+    default = 64 if kind == "nf" else 32 if bits != 8 else None
+    rounding: Rounding = Nearest()
+    if match[1]:
+        options, rounding = _gptq(options, recipe)
+        known, default = (*known, *_GPTQ_OPTIONS), 128
+    group, words = _options(options, known, default, recipe)
+    if kind == "nf":
+        return NormalFloat(bits, group, "learned" if "learned" in words else "normal", rounding)
+    if {"sym", "asym"} <= words:
+        raise RecipeError(f"{recipe!r} asks for both sym and asym", hint="keep one of them")
+    symmetric = "sym" in words or (group is None and "asym" not in words)
+    return Uniform(bits, group, symmetric, "search" in words, rounding)
+
+
+def _gptq(options: list[str], recipe: str) -> tuple[list[str], Gptq]:
+    """The rounding of a ``gptq-`` stage, and the options that are not its own."""
+    values: dict[str, str] = {}
+    rest = []
+    for word in options:
+        match = _VALUE.fullmatch(word)
+        name, value = match.groups() if match else ("order", "activation")
+        if match is None and word != "actorder":
+            rest.append(word)
+        elif name in values:
+            raise RecipeError(f"{recipe!r} gives {name} more than once", hint="keep one of them")
+        else:
+            values[name] = value
+    try:
+        damping, sweeps = float(values.get("damp", "0.01")), int(values.get("sweeps", "0"))
+    except ValueError:
+        raise RecipeError(
+            f"damp is a number and sweeps a count, in recipe {recipe!r}", hint="e.g. gptq-int4:damp=0.02:sweeps=2"
+        ) from None
+    return rest, Gptq(damping, values.get("order", "natural"), sweeps)
 
 
 def _options(
@@ -169,10 +203,11 @@ def _options(
         raise RecipeError(f"{recipe!r} gives an option more than once", hint="keep one of them, e.g. int4:g32:search")
     words = set(options) - set(sizes)
     for word in words:
-        if word not in known:
+        if word not in known or word in _GPTQ_OPTIONS:
             near = difflib.get_close_matches(word, (*known, "g32", "g64", "g128"), n=1, cutoff=0.5)
+            only = "; it needs a gptq- stage" if word == "actorder" or _VALUE.fullmatch(word) else ""
             raise RecipeError(
-                f"{word!r} is not an option here, in recipe {recipe!r}",
+                f"{word!r} is not an option here{only}, in recipe {recipe!r}",
                 hint=(f"did you mean {near[0]!r}? " if near else "") + f"options are gSIZE, {', '.join(known)}",
             )
     if not sizes:
@@ -181,7 +216,8 @@ def _options(
 
 
 def _unknown_stage(head: str, stage: str, recipe: str) -> RecipeError:
-    stems = [*(f"int{b}" for b in range(2, 9)), *(f"nf{b}" for b in range(2, 5)), *_DENSE_WORDS, "dense"]
+    grids = [*(f"int{b}" for b in range(2, 9)), *(f"nf{b}" for b in range(2, 5))]
+    stems = [*grids, *(f"gptq-{grid}" for grid in grids), *_DENSE_WORDS, "dense"]
     near = difflib.get_close_matches(stage, [*PRESETS, *stems], n=2, cutoff=0.6)
     near = near or difflib.get_close_matches(head, [*PRESETS, *stems], n=2, cutoff=0.6)
     inside = "" if stage == recipe else f" in recipe {recipe!r}"
@@ -193,18 +229,30 @@ def _unknown_stage(head: str, stage: str, recipe: str) -> RecipeError:
 
 def _words(codec: Codec) -> str | None:
     """The codec in the grammar's words, or None where it has none."""
-    if isinstance(codec, Uniform):
+    if isinstance(codec, Uniform | NormalFloat):
+        rounding = codec.rounding
+        prefix, options = ("gptq-", _gptq_words(rounding)) if isinstance(rounding, Gptq) else ("", [])
         size = "row" if codec.group is None else f"g{codec.group}"
-        words = [f"int{codec.bits}", size]
-        if codec.symmetric != (codec.group is None):
-            words.append("sym" if codec.symmetric else "asym")
-        return ":".join([*words, "search"] if codec.search else words)
-    if isinstance(codec, NormalFloat):
-        size = "row" if codec.group is None else f"g{codec.group}"
-        return f"nf{codec.bits}:{size}" + (":learned" if codec.levels == "learned" else "")
+        if isinstance(codec, NormalFloat):
+            words = [f"nf{codec.bits}", size, *(["learned"] if codec.levels == "learned" else [])]
+        else:
+            words = [f"int{codec.bits}", size]
+            if codec.symmetric != (codec.group is None):
+                words.append("sym" if codec.symmetric else "asym")
+            words += ["search"] if codec.search else []
+        return prefix + ":".join([*words, *options])
     if isinstance(codec, Dense):
         return next(word for word, dtype in _DENSE_WORDS.items() if dtype == codec.dtype)
     if isinstance(codec, Residual) and not isinstance(codec.base, Residual):
         base, rest = _words(codec.base), _words(codec.rest)
         return None if base is None or rest is None else f"{base}+{rest}"
     return None
+
+
+def _gptq_words(rounding: Gptq) -> list[str]:
+    """The options in which a rounding differs from ``Gptq()``."""
+    return [
+        *(["actorder"] if rounding.order == "activation" else []),
+        *([f"damp={rounding.damping!r}"] if rounding.damping != Gptq().damping else []),
+        *([f"sweeps={rounding.sweeps}"] if rounding.sweeps else []),
+    ]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tenpak.codecs import registry
 from tenpak.codecs.base import Payload, Statistics
-from tenpak.errors import CodecError, InvalidPayloadError, RecipeError
+from tenpak.errors import CodecError, InvalidPayloadError, MissingStatisticsError, RecipeError
 
 ALL = [pytest.param(case, id=f"{codec_id}-{case.name}") for codec_id, cases in CASES.items() for case in cases]
 SHAPES = [(1, 1), (1, 40), (40, 1), (7, 5), (3, 300), (5, 33), (2, 257)]
@@ -60,7 +60,7 @@ def test_configuration_survives_json(case: Case) -> None:
 @pytest.mark.parametrize("case", ALL)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_decodes_from_the_payload_alone(case: Case, shape: tuple[int, int]) -> None:
-    payload = case.codec.encode(normal(*shape))
+    payload = case.encode(normal(*shape))
     expected = case.codec.decode(payload)
     config = json.loads(json.dumps(payload.codec))
     rebuilt = Payload(config, shape, torch.float32, {k: t.clone() for k, t in payload.tensors.items()})
@@ -75,7 +75,7 @@ def test_decodes_from_the_payload_alone(case: Case, shape: tuple[int, int]) -> N
 @pytest.mark.parametrize("shape", SHAPES)
 def test_measured_size_is_the_estimated(case: Case, shape: tuple[int, int]) -> None:
     codec = case.codec
-    payload = codec.encode(normal(*shape))
+    payload = case.encode(normal(*shape))
     fields = codec.fields(shape)
     if fields is None:
         assert codec.estimate_bits(shape) is None
@@ -88,8 +88,16 @@ def test_measured_size_is_the_estimated(case: Case, shape: tuple[int, int]) -> N
 
 
 @pytest.mark.parametrize("case", ALL)
+def test_what_needs_statistics_says_so(case: Case) -> None:
+    assert case.codec.needs_statistics == case.calibrated
+    if case.calibrated:
+        with pytest.raises(MissingStatisticsError):
+            case.codec.encode(normal(3, 40))
+
+
+@pytest.mark.parametrize("case", ALL)
 def test_tensors_are_contiguous_and_own_no_more_than_they_show(case: Case) -> None:
-    for tensor in case.codec.encode(normal(5, 33)).tensors.values():
+    for tensor in case.encode(normal(5, 33)).tensors.values():
         assert tensor.is_contiguous()
         assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
 
@@ -98,10 +106,10 @@ def test_tensors_are_contiguous_and_own_no_more_than_they_show(case: Case) -> No
 def test_encoding_is_deterministic_and_leaves_the_weight_alone(case: Case) -> None:
     weight = normal(9, 70)
     before = weight.clone()
-    assert same_bytes(case.codec.encode(weight), case.codec.encode(weight))
+    assert same_bytes(case.encode(weight), case.encode(weight))
     assert torch.equal(weight, before)
     transposed = normal(70, 9).t()
-    assert same_bytes(case.codec.encode(transposed), case.codec.encode(transposed.contiguous()))
+    assert same_bytes(case.encode(transposed), case.encode(transposed.contiguous()))
 
 
 @pytest.mark.parametrize("case", ALL)
@@ -109,11 +117,13 @@ def test_encoding_is_deterministic_and_leaves_the_weight_alone(case: Case) -> No
 @pytest.mark.parametrize("shape", [(300, 1100), (1, 70001)])
 @pytest.mark.usefixtures("threads")
 def test_same_bytes_for_any_number_of_threads(case: Case, shape: tuple[int, int]) -> None:
+    if case.calibrated and shape[1] > 10_000:
+        pytest.skip("the Hessian of such a row takes gigabytes")
     weight = normal(*shape)
     payloads, decoded = [], []
     for count in (1, 2):
         torch.set_num_threads(count)
-        payloads.append(case.codec.encode(weight))
+        payloads.append(case.encode(weight))
         decoded.append(case.codec.decode(payloads[-1]))
     assert same_bytes(*payloads)
     assert torch.equal(*decoded)
@@ -122,11 +132,13 @@ def test_same_bytes_for_any_number_of_threads(case: Case, shape: tuple[int, int]
 @pytest.mark.parametrize("case", ALL)
 def test_rows_do_not_depend_on_the_other_rows(case: Case) -> None:
     """Tiles leave no trace: two halves encode like the whole (codecs with a table per tensor aside)."""
-    if any("levels" in name for name in case.codec.encode(normal(2, 8)).tensors):
+    if any("levels" in name for name in case.encode(normal(2, 8)).tensors):
         pytest.skip("levels are learned from the whole weight")
+    if case.calibrated:
+        pytest.skip("products of matrices of other sizes differ in the last bit, which a tie makes visible")
     weight = normal(300, 1100)
-    decoded = case.codec.decode(case.codec.encode(weight))
-    parts = [case.codec.decode(case.codec.encode(part)) for part in (weight[:123], weight[123:])]
+    decoded = case.codec.decode(case.encode(weight))
+    parts = [case.codec.decode(case.encode(part)) for part in (weight[:123], weight[123:])]
     assert torch.equal(decoded, torch.cat(parts))
 
 
@@ -134,18 +146,18 @@ def test_rows_do_not_depend_on_the_other_rows(case: Case) -> None:
 @pytest.mark.parametrize("shape", [(64, 256), (33, 200)])
 def test_error_is_bounded(case: Case, shape: tuple[int, int]) -> None:
     weight = normal(*shape)
-    assert relative_rms(weight, case.codec.decode(case.codec.encode(weight))) <= case.rms
+    assert relative_rms(weight, case.codec.decode(case.encode(weight))) <= case.rms
 
 
 @pytest.mark.parametrize("case", ALL)
 def test_zeros_stay_zero(case: Case) -> None:
-    assert not case.codec.decode(case.codec.encode(torch.zeros(3, 50))).any()
+    assert not case.codec.decode(case.encode(torch.zeros(3, 50))).any()
 
 
 @pytest.mark.parametrize("case", ALL)
 @pytest.mark.parametrize("value", [0.25, -1.0, 0.1, 3e-5, 1e-7, 6e4])
 def test_constants_are_kept(case: Case, value: float) -> None:
-    decoded = case.codec.decode(case.codec.encode(torch.full((3, 50), value)))
+    decoded = case.codec.decode(case.encode(torch.full((3, 50), value)))
     # FP16 parameters: half a unit of 2^-10 relative, or of the smallest subnormal times the largest code multiplier.
     torch.testing.assert_close(decoded, torch.full((3, 50), value), rtol=2**-7, atol=2**-24 * 128)
 
@@ -155,7 +167,7 @@ def test_huge_outliers_and_denormals_stay_finite(case: Case) -> None:
     weight = normal(4, 64)
     weight[0, 3], weight[1, 60], weight[2] = 6e4, -6e4, weight[2] * 1e-40
     assert (weight[2] != 0).any()
-    decoded = case.codec.decode(case.codec.encode(weight))
+    decoded = case.codec.decode(case.encode(weight))
     assert decoded.isfinite().all()
     # The outlier is an end of the grid, kept to its step; at 2 bits and with a coarse table that is a half.
     assert decoded[0, 3] == pytest.approx(6e4, rel=0.5)
@@ -167,10 +179,10 @@ def test_huge_outliers_and_denormals_stay_finite(case: Case) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes_encode_like_their_fp32_values(case: Case, dtype: torch.dtype) -> None:
     weight = normal(5, 70).to(dtype)
-    payload = case.codec.encode(weight)
+    payload = case.encode(weight)
     assert payload.dtype == dtype
     if dtype != torch.float64:
-        assert same_bytes(payload, case.codec.encode(weight.float()))
+        assert same_bytes(payload, case.encode(weight.float()))
     assert case.codec.decode(payload).dtype == torch.float32
 
 
@@ -178,8 +190,8 @@ def test_other_dtypes_encode_like_their_fp32_values(case: Case, dtype: torch.dty
 @pytest.mark.parametrize("shape", [(7, 5), (40, 33), (1, 300)])
 def test_rows_are_rows_of_the_decoded_weight(case: Case, shape: tuple[int, int]) -> None:
     codec = case.codec
-    prepared = codec.prepare(codec.encode(normal(*shape)))
-    decoded = codec.decode(codec.encode(normal(*shape)))
+    prepared = codec.prepare(case.encode(normal(*shape)))
+    decoded = codec.decode(case.encode(normal(*shape)))
     last = shape[0] - 1
     for indices in (torch.tensor([last, 0, last]), torch.tensor([[0, last], [last, 0]]), torch.tensor(0)):
         assert torch.equal(codec.rows(indices, prepared), decoded[indices])
@@ -191,7 +203,7 @@ def test_rows_are_rows_of_the_decoded_weight(case: Case, shape: tuple[int, int])
 @pytest.mark.parametrize("case", ALL)
 def test_matmul_is_decode_then_matmul(case: Case) -> None:
     codec = case.codec
-    payload = codec.encode(normal(7, 40))
+    payload = case.encode(normal(7, 40))
     x = torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(1))
     product = codec.matmul(x, codec.prepare(payload))
     assert product.shape == (2, 3, 7)
@@ -205,7 +217,7 @@ def test_not_finite_is_refused(case: Case, bad: float) -> None:
     weight = normal(4, 40)
     weight[2, 17] = bad
     with pytest.raises(CodecError, match="NaN or infinite"):
-        case.codec.encode(weight)
+        case.encode(weight)
 
 
 @pytest.mark.parametrize("case", ALL)
@@ -221,7 +233,7 @@ def test_only_matrices_are_accepted(case: Case, weight: Tensor) -> None:
 @pytest.mark.parametrize("case", ALL)
 def test_damaged_payloads_are_refused(case: Case) -> None:
     codec = case.codec
-    payload = codec.encode(normal(6, 40))
+    payload = case.encode(normal(6, 40))
     for name, tensor in payload.tensors.items():
         without = {k: t for k, t in payload.tensors.items() if k != name}
         other = torch.int32 if tensor.dtype != torch.int32 else torch.int64

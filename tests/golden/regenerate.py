@@ -31,7 +31,7 @@ def main(replace: bool) -> None:
             if path.exists() and not replace:
                 continue
             weight, codec = golden_weight(), case.codec
-            payload = codec.encode(weight)
+            payload = case.encode(weight)
             tensors = {f"payload.{name}": tensor.clone() for name, tensor in payload.tensors.items()}
             metadata = {
                 "codec": json.dumps(case.config),

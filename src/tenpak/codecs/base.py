@@ -70,16 +70,25 @@ class Payload:
         return dataclasses.replace(self, tensors={k: t.to(device) for k, t in self.tensors.items()})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """What calibration knows about one weight ``[out, in]``; any field may be None.
+    """What calibration knows about one weight ``[out, in]``; any field may be None. x is its input, y = Wx its output.
 
     Attributes:
-        hessian: E[x xᵀ] over the weight's inputs, FP32 ``[in, in]``. Its diagonal weighs the columns in a search.
-        output_curvature: E[(∂ℓ/∂y)²] per output, FP32 ``[out]``. Weighs the rows.
+        count: number of inputs (tokens) that the means are over.
+        hessian: E[x xᵀ], symmetric, FP32 ``[in, in]``; its diagonal weighs the columns in a search. Where blocks before
+            this weight are compressed already, x is the input that they give.
+        mean: E[x], FP32 ``[in]``.
+        mean_abs: E|x|, FP32 ``[in]``.
+        cross: E[x x̂ᵀ], FP32 ``[in, in]``: x the original model's input, x̂ the one after compression so far.
+        output_curvature: E[(∂ℓ/∂y)²] per output, FP32 ``[out]``, ℓ in nats; weighs the rows.
     """
 
+    count: int | None = None
     hessian: Tensor | None = None
+    mean: Tensor | None = None
+    mean_abs: Tensor | None = None
+    cross: Tensor | None = None
     output_curvature: Tensor | None = None
 
 
@@ -115,6 +124,11 @@ class Codec(ABC):
         fields = self.fields(shape)
         return None if fields is None else 8 * sum(f.nbytes for f in fields)
 
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether ``encode`` cannot do without statistics (the Hessian)."""
+        return False
+
     # Runtime: what ``prepare`` returns stays in memory; products and look-ups work from it. --------------------------
 
     def prepare(self, payload: Payload) -> Any:
@@ -132,11 +146,17 @@ class Codec(ABC):
     # Configuration -----------------------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON configuration: ``{"id": ..., **fields}``, nested codecs included."""
+        """The JSON configuration: ``{"id": ..., **fields}``, nested codecs included.
+
+        A field with the metadata ``{"optional": True}`` is left out where it has its default: it came later, and what
+        was written before it must stay the same to the byte.
+        """
         config: dict[str, Any] = {"id": self.id}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            config[field.name] = value.to_json() if isinstance(value, Codec) else value
+            if field.metadata.get("optional") and value == field.default:
+                continue
+            config[field.name] = value.to_json() if hasattr(value, "to_json") else value
         return config
 
     @classmethod
@@ -146,8 +166,6 @@ class Codec(ABC):
         Raises:
             RecipeError: a field is unknown, missing, of the wrong type or out of range.
         """
-        from tenpak.codecs import registry  # the registry imports codecs lazily; at import time it would be a cycle
-
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(config) - known - {"id"})
         if unknown:
@@ -155,15 +173,22 @@ class Codec(ABC):
                 f"codec {cls.id} has no field {', '.join(map(repr, unknown))}",
                 hint=f"its fields are {', '.join(sorted(known)) or 'none'}",
             )
-        values = {
-            key: registry.from_json(value) if isinstance(value, Mapping) else value
-            for key, value in config.items()
-            if key != "id"
-        }
+        values = {key: cls.parse_field(key, value) for key, value in config.items() if key != "id"}
         try:
             return cls(**values)
         except TypeError as error:
             raise RecipeError(f"codec {cls.id}: {error}") from error
+
+    @classmethod
+    def parse_field(cls, name: str, value: Any) -> Any:
+        """The value of field ``name`` from its JSON form: a codec from an object, anything else as it is.
+
+        Raises:
+            RecipeError: it cannot be understood.
+        """
+        from tenpak.codecs import registry  # the registry imports codecs lazily; at import time it would be a cycle
+
+        return registry.from_json(value) if isinstance(value, Mapping) else value
 
     # Help for subclasses -----------------------------------------------------------------------------------------
 

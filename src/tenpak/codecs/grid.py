@@ -17,7 +17,7 @@ error measured with the rounded parameters falls; the result is never worse than
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +56,29 @@ class Grid:
     def origin(self) -> Tensor:
         """The value of code 0, FP32 (exact for both kinds)."""
         return self.scale.float() * -(1 << (self.bits - 1)) if self.offset is None else self.offset.float()
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """The payload's scales and offsets, FP16 ``[rows, groups]``."""
+        scales = {"scales": self.scale.squeeze(-1)}
+        return scales if self.offset is None else {**scales, "offsets": self.offset.squeeze(-1)}
+
+    def nearest(self, groups: Tensor) -> Tensor:
+        """Nearest codes of ``groups``, FP32 ``[rows, groups, size]``, as FP32 integers."""
+        return quantize(groups, self)
+
+    def column(self, group: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """``quantize`` for one column of a group: values FP32 ``[rows]`` to codes and levels, both FP32."""
+        scale, origin = self.scale[:, group, 0].float(), self.origin()[:, group, 0].contiguous()
+        inverse = torch.where(scale != 0, scale.reciprocal(), 0.0)
+        top = self.top
+
+        def nearest(values: Tensor) -> tuple[Tensor, Tensor]:
+            codes = (values - origin).mul_(inverse).round_().clamp_(0, top)
+            # A product of 8 and 11 bits is exact, so this rounds once, as decoding does.
+            return codes, torch.addcmul(origin, codes, scale)
+
+        return nearest
 
 
 def covering(groups: Tensor, bits: int, symmetric: bool) -> Grid:

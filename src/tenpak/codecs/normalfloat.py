@@ -26,9 +26,9 @@ Bits per weight: ``bits + 16/group`` where the group divides the row (and 2^bits
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ from tenpak.codecs.grouping import (
     row_tiles,
     segments,
 )
+from tenpak.codecs.rounding import Nearest, Rounding, from_json, require_rounding
 from tenpak.codecs.validation import require_choice, require_group, require_integer
 from tenpak.errors import CodecError
 from tenpak.kernels import pack, packed_size, unpack
@@ -78,6 +79,7 @@ class NormalFloat(Codec):
         bits: bits per code, 2 to 4.
         group: weights per scale, 8 to 256, or None for one scale per row.
         levels: ``"normal"`` or ``"learned"``.
+        rounding: how codes are chosen, see ``tenpak.codecs.rounding``. Levels are learned before.
 
     Raises:
         RecipeError: a field is of the wrong type or out of range.
@@ -88,11 +90,23 @@ class NormalFloat(Codec):
     bits: int
     group: int | None = 64
     levels: str = "normal"
+    rounding: Rounding = field(default=Nearest(), metadata={"optional": True})
 
     def __post_init__(self) -> None:
         require_integer(self.id, "bits", self.bits, 2, 4)
         require_group(self.id, self.group)
         require_choice(self.id, "levels", self.levels, ("normal", "learned"))
+        require_rounding(self.id, self.rounding)
+
+    @classmethod
+    def parse_field(cls, name: str, value: Any) -> Any:
+        """The value of field ``name`` from its JSON form."""
+        return from_json(value) if name == "rounding" else super().parse_field(name, value)
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether the rounding does."""
+        return self.rounding.needs_statistics
 
     def fields(self, shape: tuple[int, int]) -> tuple[Field, ...]:
         """Scales, levels where they are learned, codes."""
@@ -105,39 +119,41 @@ class NormalFloat(Codec):
         )
 
     def encode(self, weight: Tensor, statistics: Statistics | None = None) -> Payload:
-        """Encode ``weight`` tile by tile; statistics matter to learned levels only.
+        """Encode ``weight`` tile by tile; statistics matter to learned levels and to roundings other than nearest.
 
         Raises:
             CodecError: the weight is not a finite floating-point matrix, exceeds FP16's range, or the statistics do
                 not fit it.
+            CalibrationError: the statistics lack what the rounding needs.
         """
         require_matrix(weight)
         rows, columns = weight.shape
         tensors = {
             f.name: torch.empty(f.shape, dtype=f.dtype, device=weight.device) for f in self.fields((rows, columns))
         }
-        scales = tensors["scales"]
-        for tile in row_tiles(rows, columns):
-            magnitudes = weight[tile].float().abs()
-            for segment in segments(columns, self.group):
-                scales[tile, segment.groups] = round_up(segment.view(magnitudes).amax(-1))
+        levels = torch.tensor(NORMAL_LEVELS[self.bits], dtype=torch.float32)
+        if self.levels == "learned":
+            scales = tensors["scales"]
+            for tile in row_tiles(rows, columns):
+                magnitudes = weight[tile].float().abs()
+                for segment in segments(columns, self.group):
+                    scales[tile, segment.groups] = round_up(segment.view(magnitudes).amax(-1))
+            self._require_finite(scales)
+            levels = _learn(_histogram(weight, scales, self.group, statistics), levels).half()
+            tensors["levels"].copy_(levels)
+            levels = levels.float()
+        for rounded in self.rounding.round(weight, _Grids(self.group, levels.to(weight.device)), statistics):
+            tensors["scales"][rounded.rows] = rounded.parameters["scales"]
+            tensors["codes"][rounded.rows] = pack(rounded.codes, self.bits)
+        self._require_finite(tensors["scales"])
+        return self.payload(weight, tensors)
+
+    def _require_finite(self, scales: Tensor) -> None:
         if not bool(torch.isfinite(scales).all()):
             raise CodecError(
                 f"the weight exceeds FP16's range (±65504) in {self.id}",
                 hint="leave this tensor dense (--set 'NAME=dense')",
             )
-        levels = torch.tensor(NORMAL_LEVELS[self.bits], dtype=torch.float32)
-        if self.levels == "learned":
-            levels = _learn(_histogram(weight, scales, self.group, statistics), levels).half()
-            tensors["levels"].copy_(levels)
-            levels = levels.float()
-        between = ((levels[1:] + levels[:-1]) / 2).to(weight.device)
-        for tile in row_tiles(rows, columns):
-            codes = torch.empty((tile.stop - tile.start, columns), dtype=torch.uint8, device=weight.device)
-            for segment, scaled in _scaled(weight[tile], scales[tile], self.group):
-                segment.view(codes).copy_(torch.bucketize(scaled, between, out_int32=True))
-            tensors["codes"][tile] = pack(codes, self.bits)
-        return self.payload(weight, tensors)
 
     def decode(self, payload: Payload) -> Tensor:
         """The reconstructed weight, FP32 ``[out, in]``."""
@@ -170,12 +186,55 @@ class NormalFloat(Codec):
             segment.view(out).mul_(scales[:, segment.groups, None].float())
 
 
+@dataclass(frozen=True)
+class _Grids:
+    """The codec's levels: what its rounding asks for."""
+
+    group: int | None
+    table: Tensor
+
+    def fit(self, groups: Tensor, segment: Segment) -> _Levels:
+        return _Levels(round_up(groups.abs().amax(-1)), self.table, (self.table[1:] + self.table[:-1]) / 2)
+
+
+@dataclass(frozen=True)
+class _Levels:
+    """A table of levels, the limits between them, and scales, FP16 ``[rows, groups]``."""
+
+    scales: Tensor
+    table: Tensor
+    between: Tensor
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        return {"scales": self.scales}
+
+    def nearest(self, groups: Tensor) -> Tensor:
+        scale = self.scales.unsqueeze(-1).float()
+        return torch.bucketize(groups * _inverse(scale), self.between, out_int32=True)
+
+    def column(self, group: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        scale = self.scales[:, group].float()
+        inverse, table, between = _inverse(scale), self.table, self.between
+
+        def nearest(values: Tensor) -> tuple[Tensor, Tensor]:
+            codes = torch.bucketize(values * inverse, between, out_int32=True)
+            return codes, table.index_select(0, codes).mul_(scale)
+
+        return nearest
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    """1/scale, zero where the scale is."""
+    return torch.where(scale != 0, scale.reciprocal(), 0.0)
+
+
 def _scaled(block: Tensor, scales: Tensor, group: int | None) -> Iterator[tuple[Segment, Tensor]]:
     """Each segment of a tile with its weights divided by their scales, FP32 ``[rows, groups, size]`` in [-1, 1]."""
     block = block.float().contiguous()
     for segment in segments(block.shape[1], group):
         scale = scales[:, segment.groups, None].float()
-        yield segment, segment.view(block) * torch.where(scale != 0, scale.reciprocal(), 0.0)
+        yield segment, segment.view(block) * _inverse(scale)
 
 
 def _histogram(weight: Tensor, scales: Tensor, group: int | None, statistics: Statistics | None) -> Tensor:

@@ -59,6 +59,11 @@ class Residual(Codec):
         """Number of codecs that are added."""
         return sum(part.stages if isinstance(part, Residual) else 1 for part in (self.base, self.rest))
 
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether a stage does."""
+        return self.base.needs_statistics or self.rest.needs_statistics
+
     def fields(self, shape: tuple[int, int]) -> tuple[Field, ...] | None:
         """The fields of both stages, or None where the rate of one is only known after coding."""
         base, rest = self.base.fields(shape), self.rest.fields(shape)

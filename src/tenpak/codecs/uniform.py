@@ -15,20 +15,21 @@ Bits per weight: ``bits + 32/group`` (asymmetric) or ``bits + 16/group`` where t
 parameters limit the range to ±65504, which trained weights do not come near; a group beyond it is refused. Parameters
 are not compressed further: at g32 they cost one bit of five, which is what entropy-coded codecs will save.
 
-``bits``, ``group`` and ``symmetric`` fix the bytes; ``search`` only guides the encoder.
+``bits``, ``group`` and ``symmetric`` fix the bytes; ``search`` and ``rounding`` only guide the encoder.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from tenpak.codecs.base import Codec, Field, Payload, Statistics, require_matrix
-from tenpak.codecs.grid import covering, quantize, refine
-from tenpak.codecs.grouping import column_importance, group_count, row_tiles, segments
+from tenpak.codecs.grid import Grid, covering, refine
+from tenpak.codecs.grouping import Segment, column_importance, group_count, row_tiles, segments
+from tenpak.codecs.rounding import Nearest, Rounding, from_json, require_rounding
 from tenpak.codecs.validation import require_bool, require_group, require_integer
 from tenpak.errors import CodecError
 from tenpak.kernels import pack, packed_size, unpack
@@ -46,6 +47,7 @@ class Uniform(Codec):
         symmetric: no offset, half the parameters.
         search: refine scale and offset to the least squared error, weighted by the Hessian's diagonal where the
             statistics have one; about twenty times slower than covering each group's range.
+        rounding: how codes are chosen, see ``tenpak.codecs.rounding``.
 
     Raises:
         RecipeError: a field is of the wrong type or out of range.
@@ -57,12 +59,24 @@ class Uniform(Codec):
     group: int | None = 32
     symmetric: bool = False
     search: bool = False
+    rounding: Rounding = field(default=Nearest(), metadata={"optional": True})
 
     def __post_init__(self) -> None:
         require_integer(self.id, "bits", self.bits, 2, 8)
         require_group(self.id, self.group)
         require_bool(self.id, "symmetric", self.symmetric)
         require_bool(self.id, "search", self.search)
+        require_rounding(self.id, self.rounding)
+
+    @classmethod
+    def parse_field(cls, name: str, value: Any) -> Any:
+        """The value of field ``name`` from its JSON form."""
+        return from_json(value) if name == "rounding" else super().parse_field(name, value)
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether the rounding does."""
+        return self.rounding.needs_statistics
 
     def fields(self, shape: tuple[int, int]) -> tuple[Field, ...]:
         """Scales, offsets unless symmetric, codes."""
@@ -75,11 +89,12 @@ class Uniform(Codec):
         )
 
     def encode(self, weight: Tensor, statistics: Statistics | None = None) -> Payload:
-        """Encode ``weight`` tile by tile; beyond the payload it takes a few MiB, more only for rows above 262,144.
+        """Encode ``weight`` tile by tile; to nearest takes a few MiB beyond the payload, if no row exceeds 262,144.
 
         Raises:
             CodecError: the weight is not a finite floating-point matrix, a group exceeds FP16's range, or the
                 statistics do not fit the weight.
+            CalibrationError: the statistics lack what the rounding needs.
         """
         require_matrix(weight)
         rows, columns = weight.shape
@@ -87,19 +102,10 @@ class Uniform(Codec):
         tensors = {
             f.name: torch.empty(f.shape, dtype=f.dtype, device=weight.device) for f in self.fields((rows, columns))
         }
-        for tile in row_tiles(rows, columns):
-            block = weight[tile].float().contiguous()
-            codes = torch.empty(block.shape, dtype=torch.uint8, device=weight.device)
-            for segment in segments(columns, self.group):
-                groups = segment.view(block)
-                grid = covering(groups, self.bits, self.symmetric)
-                if self.search:
-                    grid = refine(groups, None if importance is None else segment.view(importance), grid)
-                segment.view(codes).copy_(quantize(groups, grid))
-                tensors["scales"][tile, segment.groups] = grid.scale.squeeze(-1)
-                if grid.offset is not None:
-                    tensors["offsets"][tile, segment.groups] = grid.offset.squeeze(-1)
-            tensors["codes"][tile] = pack(codes, self.bits)
+        for tile in self.rounding.round(weight, _Grids(self, importance), statistics):
+            for name, values in tile.parameters.items():
+                tensors[name][tile.rows] = values
+            tensors["codes"][tile.rows] = pack(tile.codes, self.bits)
         for name in ("scales", "offsets"):
             if name in tensors and not bool(torch.isfinite(tensors[name]).all()):
                 raise CodecError(
@@ -138,3 +144,21 @@ class Uniform(Codec):
             groups.mul_(tensors["scales"][:, segment.groups, None].float())
             if not self.symmetric:
                 groups.add_(tensors["offsets"][:, segment.groups, None].float())
+
+
+@dataclass(frozen=True)
+class _Grids:
+    """The codec's grids: what its rounding asks for."""
+
+    codec: Uniform
+    importance: Tensor | None
+
+    @property
+    def group(self) -> int | None:
+        return self.codec.group
+
+    def fit(self, groups: Tensor, segment: Segment) -> Grid:
+        grid = covering(groups, self.codec.bits, self.codec.symmetric)
+        if not self.codec.search:
+            return grid
+        return refine(groups, None if self.importance is None else segment.view(self.importance), grid)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tenpak.errors import RecipeError
 
-__all__ = ["require_bool", "require_choice", "require_group", "require_integer"]
+__all__ = ["require_bool", "require_choice", "require_group", "require_integer", "require_number"]
 
 GROUP_LOW, GROUP_HIGH = 8, 256
 
@@ -15,6 +15,15 @@ def require_integer(codec: str, field: str, value: object, low: int, high: int) 
         raise RecipeError(
             f"codec {codec}: {field} must be an integer from {low} to {high}, got {value!r}",
             hint=f"choose {field} from {low} to {high}",
+        )
+
+
+def require_number(owner: str, field: str, value: object, low: float, high: float) -> None:
+    """Raise RecipeError unless ``value`` is a number (not a bool) in ``[low, high]``."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
+        raise RecipeError(
+            f"{owner}: {field} must be a number from {low:g} to {high:g}, got {value!r}",
+            hint=f"choose {field} from {low:g} to {high:g}",
         )
 
 

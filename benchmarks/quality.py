@@ -19,32 +19,42 @@ from environment import ROOT
 from tenpak.recipes import PRESETS
 
 WINDOW = 256
+# Beyond the presets: what rounding with feedback does at the same bytes.
+CALIBRATED = {
+    "int4-g32, gptq": "gptq-int4:g32",
+    "int4-g32, gptq, search, sweeps": "gptq-int4:g32:search:sweeps=2",
+    "int3-g32, gptq": "gptq-int3:g32",
+    "int3-g32, gptq, search, sweeps": "gptq-int3:g32:search:sweeps=2",
+}
 
 
-def cases() -> dict[str, tuple[Path, Path]]:
-    """Model name → its folder and the text to measure on."""
+def cases() -> dict[str, tuple[Path, Path, Path]]:
+    """Model name → its folder, the text to calibrate on and the text to measure on."""
     bundled = ROOT / "models" / "tinystories-3.7m"
-    found = {"tinystories-3.7m, own text": (bundled, bundled / "texts" / "evaluation.txt")}
+    own = bundled / "texts"
+    found = {"tinystories-3.7m, own text": (bundled, own / "calibration.txt", own / "evaluation.txt")}
     shared = Path(os.environ.get("TENPAK_SHARED", ROOT.parent / "shared"))
-    stories = shared / "data" / "tinystories_eval.txt"
-    if stories.is_file():
-        found["tinystories-3.7m, stories"] = (bundled, stories)
+    stories = shared / "data" / "tinystories_train.txt", shared / "data" / "tinystories_eval.txt"
+    if all(path.is_file() for path in stories):
+        found["tinystories-3.7m, stories"] = (bundled, *stories)
         for name in ("babyllama-tok105-0.94m", "stories260k"):
             if (shared / "models" / name).is_dir():
-                found[f"{name}, stories"] = (shared / "models" / name, stories)
+                found[f"{name}, stories"] = (shared / "models" / name, *stories)
     return found
 
 
 def run() -> dict[str, Any]:
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="tenpak-quality-") as folder:
-        for case, (model, text) in cases().items():
+        recipes = {**{name: preset.recipe for name, preset in PRESETS.items()}, **CALIBRATED}
+        for case, (model, calibration, text) in cases().items():
             results[case] = {}
-            for preset, entry in PRESETS.items():
+            for preset, recipe in recipes.items():
                 out = Path(folder) / "artifact"
-                tenpak("compress", model, "-o", out, "--recipe", preset, "--evaluation", "none", "--overwrite")
+                options = ("--recipe", recipe, "--calibration", calibration, "--evaluation", "none", "--overwrite")
+                tenpak("compress", model, "-o", out, *options)
                 found = tenpak("evaluate", out, "--against", model, "--text", text, "--window", str(WINDOW))
-                results[case][preset] = {"recipe": entry.recipe, **found}
+                results[case][preset] = {"recipe": recipe, **found}
                 print(f"{case}: {preset}: {found['bpw']:.3f} bpw, KL {found['kl']:.5f}", file=sys.stderr)
     return {"window": WINDOW, "cases": results}
 

@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/measurements.md", "docs/codecs.md")
+PAGES = ("README.md", "docs/measurements.md", "docs/calibration.md")
 HEADLINE = "tinystories-3.7m, own text"
 _SLOT = re.compile(r"(<!-- table: ([a-z]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
@@ -40,6 +40,26 @@ def main() -> None:
 def headline() -> str:
     """The bundled model on its own text."""
     return quality_table(load("quality")["cases"][HEADLINE])
+
+
+def calibration() -> str:
+    """Recipes of the same bytes, with and without feedback."""
+    rows = load("quality")["cases"][HEADLINE]
+    nearest = {size: rows[f"int{size}-g32"]["kl"] for size in (3, 4)}
+    return table(
+        ("recipe", "bits per weight", "perplexity", "KL", "of nearest's"),
+        (
+            (
+                f"`{r['recipe']}`",
+                f"{r['bpw']:.2f}",
+                f"{r['ppl_increase']:+.2%} ± {r['ppl_increase_se']:.2%}",
+                f"{r['kl']:.5f} ± {r['kl_se']:.5f}",
+                f"{r['kl'] / nearest[int(name.split('int')[1][0])]:.2f}",
+            )
+            for name, r in rows.items()
+            if name.startswith(("int4-g32", "int3-g32"))
+        ),
+    )
 
 
 def quality() -> str:
@@ -144,6 +164,7 @@ def load(name: str) -> dict[str, Any]:
 
 
 TABLES = {
+    "calibration": calibration,
     "headline": headline,
     "quality": quality,
     "speed": speed,

@@ -16,8 +16,8 @@ FILES = sorted(path for path in ROOT.rglob("*.py") if "__pycache__" not in path.
 # A module may import its own layer and those to its right. What the design calls compress is
 # `pipeline`, `prediction`, `encoding` and `job`.
 LAYERS = (
-    "cli", "pipeline", "prediction", "encoding", "job", "recipes", "report", "tuning", "allocation", "evaluation",
-    "nn", "calibration", "artifact", "checkpoint", "codecs", "kernels", "errors",
+    "cli", "pipeline", "prediction", "encoding", "calibrate", "job", "recipes", "report", "tuning", "allocation",
+    "evaluation", "nn", "calibration", "artifact", "checkpoint", "codecs", "kernels", "errors",
 )  # fmt: skip
 # The package itself, what runs it, and what registers it hold the layers together.
 OUTSIDE = {"__init__", "__main__", "_autoload"}

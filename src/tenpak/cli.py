@@ -55,6 +55,10 @@ def compress(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="PATTERN=RECIPE", help="another codec for matching tensors")
     ] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="text for recipes that calibrate; default: the model's own, or sampled from it")
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(min=2, help="read at most this many of its tokens")] = 131_072,
     evaluation: Annotated[
         str | None, typer.Option(help="text to measure on: file, folder, dataset id, or none")
     ] = None,
@@ -66,10 +70,9 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """Compress MODEL into an artifact and, given a text, measure what that cost."""
-    from tenpak.checkpoint.source import locate
-    from tenpak.evaluation.evaluate import DEFAULT_TEXT
     from tenpak.pipeline import compress as run
     from tenpak.prediction import predict
+    from tenpak.report.rows import prediction_rows, report_rows
 
     _quiet()
     options: dict[str, Any] = {
@@ -80,21 +83,39 @@ def compress(
     }
     if dry_run:
         prediction = predict(model, **options)
-        _print(prediction.to_json(), as_json, _prediction_rows(prediction), "would write")
+        _print(prediction.to_json(), as_json, prediction_rows(prediction.to_json()), "would write")
         return
     if out is None:
         raise typer.BadParameter("give -o OUT, the folder to write (or --dry-run)")
-    folder = locate(model, revision=revision)
-    text = None if evaluation == "none" else evaluation
-    if evaluation is None and (folder / DEFAULT_TEXT).is_file():
-        text = str(folder / DEFAULT_TEXT)
+    text = _evaluation_text(model, revision, evaluation)
     with _progress("weights") as update:
-        report = run(model, out, evaluation=text, seed=seed, overwrite=overwrite, progress=update, **options)
-    _print(report.to_json(), as_json, _report_rows(report.to_json()), str(out))
+        report = run(
+            model,
+            out,
+            calibration=calibration,
+            calibration_tokens=calibration_tokens,
+            evaluation=text,
+            seed=seed,
+            overwrite=overwrite,
+            progress=update,
+            **options,
+        )
+    _print(report.to_json(), as_json, report_rows(report.to_json()), str(out))
     if not as_json:
         _explain_dense(report.to_json()["dense"])
     if text is None and evaluation is None:
         _err.print("[dim]quality not measured; give --evaluation TEXT, or run `tenpak evaluate`[/dim]")
+
+
+def _evaluation_text(model: str, revision: str | None, given: str | None) -> str | None:
+    """The text that was given; where none was, the one that the model's folder may hold; none where that was said."""
+    from tenpak.checkpoint.source import locate
+    from tenpak.evaluation.evaluate import DEFAULT_TEXT
+
+    if given is not None:
+        return None if given == "none" else given
+    default = locate(model, revision=revision) / DEFAULT_TEXT
+    return str(default) if default.is_file() else None
 
 
 @app.command()
@@ -102,11 +123,12 @@ def inspect(artifact: Artifact, as_json: Json = False) -> None:
     """Say what an artifact holds: sizes, codecs, what is dense and why, quality where it was measured."""
     from tenpak.artifact.reader import open_artifact
     from tenpak.report.report import measured
+    from tenpak.report.rows import report_rows
 
     report = measured(artifact).to_json()
     manifest = open_artifact(artifact).manifest
     weights = {name: {"shape": list(e.shape), "codec": e.codec, "bits": e.bits} for name, e in manifest.weights.items()}
-    _print({**report, "weights": weights, "tied": manifest.tied}, as_json, _report_rows(report), str(artifact))
+    _print({**report, "weights": weights, "tied": manifest.tied}, as_json, report_rows(report), str(artifact))
     if as_json:
         return
     table = Table("tensor", "shape", "codec", "bits per weight", box=None, header_style="dim")
@@ -149,6 +171,7 @@ def evaluate(
 ) -> None:
     """Measure ARTIFACT against its original: perplexity, KL divergence, top-1 agreement, sizes, speed."""
     from tenpak.evaluation.evaluate import evaluate as run
+    from tenpak.report.rows import quality_rows
 
     _quiet()
     with _progress("tokens") as update:
@@ -165,7 +188,7 @@ def evaluate(
         ).to_json()
     if memory:
         result["memory"] = _memory(artifact, against, dtype)
-    _print(result, as_json, _quality_rows(result), str(artifact))
+    _print(result, as_json, quality_rows(result), str(artifact))
 
 
 @app.command()
@@ -313,62 +336,6 @@ def _print(data: dict[str, Any], as_json: bool, rows: list[tuple[str, str]], tit
     for name, value in rows:
         table.add_row(name, value)
     _out.print(table)
-
-
-def _report_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
-    from tenpak.report.card import size
-
-    rows = [
-        ("recipe", report["recipe"]),
-        ("weight files", f"{report['bytes']:,} bytes ({size(report['bytes'])})"),
-        ("bits per weight", f"{report['bpw']:.3f}, everything counted"),
-        ("smaller than FP32", f"{report['ratio_fp32']:.2f}×"),
-        ("smaller than the checkpoint", f"{report['ratio_checkpoint']:.2f}×"),
-    ]
-    if report["seconds"] is not None:
-        rows.append(("time", f"{report['seconds']:.1f} s"))
-    return rows + (_quality_rows(report["quality"])[3:] if report["quality"] else [])
-
-
-def _quality_rows(quality: dict[str, Any]) -> list[tuple[str, str]]:
-    from tenpak.report.card import plus_minus
-
-    rows = [
-        ("weight files", f"{quality['bytes']:,} bytes, {quality['bpw']:.3f} bits per weight"),
-        ("smaller than FP32", f"{quality['ratio_fp32']:.2f}×"),
-        ("smaller than the checkpoint", f"{quality['ratio_checkpoint']:.2f}×"),
-        ("perplexity", f"{quality['ppl_original']:.4f} → {quality['ppl']:.4f}"),
-        ("perplexity increase", plus_minus(quality, "ppl_increase", "+.2%")),
-        ("KL divergence", f"{plus_minus(quality, 'kl', '.5f')} nats per token"),
-        ("top-1 agreement", plus_minus(quality, "top1", ".2%")),
-        (
-            "measured on",
-            f"{quality['text']}: {quality['tokens']:,} tokens, windows of {quality['window']}, {quality['dtype']}",
-        ),
-    ]
-    if "tokens_per_second" in quality:  # a manifest has what is the same in every run
-        speeds = quality["tokens_per_second_original"], quality["tokens_per_second"]
-        rows.append(("speed", f"{speeds[0]:,.0f} → {speeds[1]:,.0f} tokens/s"))
-    for name, found in quality.get("memory", {}).items():
-        rows.append(
-            (f"resident, {name}", f"{(found['after_forward'] - found['baseline']) / 1e6:.1f} MB after a forward pass")
-        )
-    return rows
-
-
-def _prediction_rows(prediction: Any) -> list[tuple[str, str]]:
-    from tenpak.report.card import size
-
-    return [
-        ("weight files", f"{prediction.bytes:,} bytes{'' if prediction.exact else ' (estimated)'}"),
-        ("bits per weight", f"{prediction.bpw:.3f}, everything counted"),
-        ("smaller than FP32", f"{prediction.ratio_fp32:.2f}×"),
-        ("smaller than the checkpoint", f"{prediction.ratio_checkpoint:.2f}×"),
-        ("memory", f"about {size(prediction.memory)} at the peak"),
-        ("disk", f"{size(prediction.disk)} free while writing"),
-        ("time", f"about {prediction.seconds:.0f} s, without evaluation"),
-        ("left dense", f"{len(prediction.dense)} tensors"),
-    ]
 
 
 def _explain_dense(dense: dict[str, dict[str, Any]]) -> None:

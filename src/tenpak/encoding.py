@@ -7,10 +7,11 @@ wait for each other at every operation, which costs most where other programs us
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -18,8 +19,8 @@ from torch import Tensor
 from tenpak.allocation.plan import Plan, PlanEntry, is_parameter
 from tenpak.checkpoint.source import Checkpoint, tensor_sha256
 from tenpak.checkpoint.structure import Weight
-from tenpak.codecs.base import Codec, Payload
-from tenpak.errors import CodecError
+from tenpak.codecs.base import Codec, Payload, Statistics
+from tenpak.errors import CalibrationError, CodecError
 
 __all__ = ["Encoded", "encode_plan", "encode_tensor", "worker_count"]
 
@@ -49,47 +50,55 @@ def worker_count() -> int:
     return min(torch.get_num_threads(), _MAX_WORKERS)
 
 
-def encode_plan(checkpoint: Checkpoint, plan: Plan) -> Iterator[Encoded]:
-    """Encode the tensors of a plan, in its order.
+def encode_plan(
+    checkpoint: Checkpoint, plan: Plan, statistics: Mapping[str, Statistics] = MappingProxyType({})
+) -> Iterator[Encoded]:
+    """Encode the tensors of a plan, in its order; ``statistics`` are by tensor name.
 
     Raises:
         CheckpointError: a tensor cannot be read.
-        CodecError: a weight cannot be encoded; names it.
+        CodecError, CalibrationError: a weight cannot be encoded; names it.
     """
     entries = iter(plan.entries)
     pending: deque[Future[Encoded]] = deque()
     with ThreadPoolExecutor(worker_count(), initializer=_use_one_thread) as pool:
+
+        def submit(entry: PlanEntry) -> Future[Encoded]:
+            return pool.submit(_encode, checkpoint, entry, statistics.get(entry.weight.name))
+
         try:
-            pending.extend(pool.submit(_encode, checkpoint, entry) for entry in islice(entries, worker_count()))
+            pending.extend(submit(entry) for entry in islice(entries, worker_count()))
             while pending:
                 encoded = pending.popleft().result()
-                pending.extend(pool.submit(_encode, checkpoint, entry) for entry in islice(entries, 1))
+                pending.extend(submit(entry) for entry in islice(entries, 1))
                 yield encoded
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def encode_tensor(codec: Codec, weight: Weight, tensor: Tensor) -> tuple[Payload, ...]:
-    """One payload per matrix of a tensor as the checkpoint stores it.
+def encode_tensor(
+    codec: Codec, weight: Weight, tensor: Tensor, statistics: Statistics | None = None
+) -> tuple[Payload, ...]:
+    """One payload per matrix of a tensor as the checkpoint stores it; ``statistics`` are those of its inputs.
 
     Raises:
-        CodecError: of the codec's own kind, naming the tensor.
+        CodecError, CalibrationError: of the codec's own kind, naming the tensor.
     """
     matrices = tensor.unbind(0) if tensor.ndim == 3 else (tensor,)
     try:
-        return tuple(codec.encode(matrix.T if weight.transposed else matrix) for matrix in matrices)
-    except CodecError as error:
+        return tuple(codec.encode(matrix.T if weight.transposed else matrix, statistics) for matrix in matrices)
+    except (CodecError, CalibrationError) as error:
         raise type(error)(f"{weight.name}: {error}", hint=error.hint) from error
 
 
-def _encode(checkpoint: Checkpoint, entry: PlanEntry) -> Encoded:
+def _encode(checkpoint: Checkpoint, entry: PlanEntry, statistics: Statistics | None) -> Encoded:
     weight = entry.weight
     tensor = checkpoint.read(weight.name)
     sha256 = tensor_sha256(tensor)
     if weight.tied_to is not None:
         return Encoded(entry, sha256)
     if entry.codec is not None:
-        return Encoded(entry, sha256, encode_tensor(entry.codec, weight, tensor))
+        return Encoded(entry, sha256, encode_tensor(entry.codec, weight, tensor, statistics))
     if is_parameter(weight):  # masks and unused tensors may hold what they like
         _require_finite(weight.name, tensor)
     return Encoded(entry, sha256, dense=tensor)

@@ -35,9 +35,10 @@ from tenpak.artifact.writer import (
     check_output,
     replace_file,
 )
+from tenpak.calibrate import DEFAULT_TOKENS, Calibration, calibrate, text_sha256
 from tenpak.checkpoint.source import Checkpoint
 from tenpak.encoding import encode_plan
-from tenpak.errors import EvaluationError
+from tenpak.errors import CalibrationError, EvaluationError
 from tenpak.job import Job, open_job
 from tenpak.report.card import model_card
 from tenpak.report.report import Report, measured
@@ -57,6 +58,8 @@ def compress(
     *,
     recipe: str = "int4:g32",
     overrides: Sequence[str] = (),
+    calibration: str | Path | None = None,
+    calibration_tokens: int = DEFAULT_TOKENS,
     evaluation: str | Path | None = None,
     seed: int = 0,
     overwrite: bool = False,
@@ -72,6 +75,9 @@ def compress(
         out: folder to write; must not exist, unless ``overwrite`` and it holds an artifact.
         recipe: codec of the blocks' matrices: a recipe string, a preset's name, or JSON.
         overrides: ``"PATTERN=RECIPE"`` per tensor; the last match wins.
+        calibration: text (file, folder or dataset id) for codecs that need statistics; None takes the model's own text
+            (``texts/calibration.txt`` in its folder) or samples one from it. Never the evaluation text.
+        calibration_tokens: read at most this many of its tokens.
         evaluation: text (file, folder or dataset id) to measure on; None leaves the artifact unmeasured.
         seed: recorded, and used by codecs that draw random numbers.
         overwrite: replace an artifact at ``out``.
@@ -86,7 +92,7 @@ def compress(
     Raises:
         RecipeError: the recipe or an override cannot be used.
         CheckpointError: the source cannot be read or is not a decoder-only language model.
-        CalibrationError: the evaluation text cannot be read; nothing is written.
+        CalibrationError: a text cannot be used, or is given for both purposes; nothing is written.
         CodecError: a weight cannot be encoded; names it.
         OutputExistsError, ArtifactError: the output cannot be written; nothing is left behind.
         EvaluationError: the text or the tokenizer is of no use, or the artifact is written but measuring it failed.
@@ -97,9 +103,18 @@ def compress(
     if evaluation is not None:
         _check_text(job, evaluation, trust_remote_code)
     started = time.perf_counter()
+    calibrated = calibrate(
+        job,
+        calibration,
+        tokens=calibration_tokens,
+        trust_remote_code=trust_remote_code,
+        progress=None if progress is None else lambda done, total: progress("calibrating", done, total),
+    )
+    if evaluation is not None:
+        _require_other_text(calibrated, evaluation)
     with ArtifactWriter(out, overwrite=overwrite, max_shard_bytes=max_shard_bytes) as writer:
-        hashes = _encode(writer, job, progress)
-        manifest = _manifest(job, hashes, seed)
+        hashes = _encode(writer, job, calibrated, progress)
+        manifest = _manifest(job, hashes, calibrated, seed)
         writer.publish(manifest, _config(job), copied=_kept_files(job.checkpoint))
     report = measured(out, job.checkpoint.bytes, seconds=time.perf_counter() - started)
     licence = _licence(job.checkpoint)
@@ -109,11 +124,11 @@ def compress(
     return _record(out, report.with_quality(_evaluate(out, job, evaluation, trust_remote_code)), licence)
 
 
-def _encode(writer: ArtifactWriter, job: Job, progress: Progress | None) -> dict[str, str]:
+def _encode(writer: ArtifactWriter, job: Job, calibrated: Calibration, progress: Progress | None) -> dict[str, str]:
     """Store every tensor of the plan; returns the hashes of the source's tensors."""
     hashes: dict[str, str] = {}
     done, total = 0, sum(entry.weight.numel for entry in job.plan.entries)
-    for encoded in encode_plan(job.checkpoint, job.plan):
+    for encoded in encode_plan(job.checkpoint, job.plan, calibrated.statistics):
         weight = encoded.entry.weight
         if progress:
             progress(weight.name, done, total)
@@ -130,7 +145,7 @@ def _encode(writer: ArtifactWriter, job: Job, progress: Progress | None) -> dict
     return hashes
 
 
-def _manifest(job: Job, hashes: Mapping[str, str], seed: int) -> Manifest:
+def _manifest(job: Job, hashes: Mapping[str, str], calibrated: Calibration, seed: int) -> Manifest:
     tensors = job.checkpoint.tensors
     lines = (f"{n} {tensors[n].dtype} {list(tensors[n].shape)} {hashes[n]}\n" for n in sorted(hashes))
     return Manifest(
@@ -146,6 +161,7 @@ def _manifest(job: Job, hashes: Mapping[str, str], seed: int) -> Manifest:
         recipe=job.recipe,
         overrides=job.overrides,
         seed=seed,
+        calibration=calibrated.to_json(),
         weights={},
         dense={},
         tied={e.weight.name: e.weight.tied_to for e in job.plan.entries if e.weight.tied_to is not None},
@@ -189,6 +205,16 @@ def _licence(checkpoint: Checkpoint) -> str | None:
         if line.startswith("license:"):
             return line.removeprefix("license:").strip()
     return None
+
+
+def _require_other_text(calibrated: Calibration, evaluation: str | Path) -> None:
+    """A quality measured on the text that was calibrated on would flatter."""
+    from tenpak.calibration.text import load_text
+
+    if calibrated.statistics and text_sha256(load_text(evaluation)) == calibrated.text_sha256:
+        raise CalibrationError(
+            f"calibration and evaluation text are the same ({calibrated.text})", hint="give another --evaluation text"
+        )
 
 
 def _check_text(job: Job, text: str | Path, trust_remote_code: bool) -> None:

@@ -98,7 +98,9 @@ def predict(
         parameters=job.plan.parameters,
         checkpoint_bytes=job.checkpoint.bytes,
         # Per worker the tensor itself, its payload as fields and as one blob, and the encoder's tiles.
-        memory=psutil.Process().memory_info().rss + worker_count() * (largest + 2 * payload + (32 << 20)),
+        memory=psutil.Process().memory_info().rss
+        + worker_count() * (largest + 2 * payload + (32 << 20))
+        + _calibration_memory(entries, job.plan.parameters),
         disk=total + min(total, max_shard_bytes) + (1 << 20),
         seconds=_trial(entries, total),
         dense={e.weight.name: e.reason for e in entries if e.codec is None},
@@ -121,3 +123,10 @@ def _trial(entries: Sequence[PlanEntry], total: int) -> float:
         per_weight = (time.perf_counter() - started) / sample.numel()
         seconds += per_weight * sum(e.weight.numel for e in entries if e.codec == codec)
     return seconds
+
+
+def _calibration_memory(entries: Sequence[PlanEntry], parameters: int) -> int:
+    """Bytes that calibration holds: the model in FP32, and for every layer's inputs a Hessian in FP64 and in FP32."""
+    widths = [e.weight.matrix_shape[1] for e in entries if e.codec is not None and e.codec.needs_statistics]
+    # Layers that share an input are counted each: which do is only known once the model runs.
+    return 4 * parameters + sum(12 * width * width for width in widths) if widths else 0

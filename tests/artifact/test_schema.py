@@ -70,7 +70,9 @@ def test_unknown_field_is_an_error_that_names_it(where: tuple[Any, ...], value: 
     assert caught.value.hint
 
 
-@pytest.mark.parametrize("field", [name for name in Manifest.model_fields if name not in ("quality", "format_version")])
+@pytest.mark.parametrize(
+    "field", [name for name in Manifest.model_fields if name not in ("quality", "calibration", "format_version")]
+)
 def test_missing_field_is_an_error_that_names_it(field: str, artifact: Path) -> None:
     edit_manifest(artifact, lambda content: {key: value for key, value in content.items() if key != field})
     with pytest.raises(CorruptArtifactError, match=rf"{field}.*required"):

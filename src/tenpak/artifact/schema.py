@@ -114,6 +114,7 @@ class Manifest(_Strict):
     recipe: str
     overrides: tuple[str, ...]
     seed: int
+    calibration: dict[str, Any] | None = None
     weights: dict[str, WeightEntry]
     dense: dict[str, DenseEntry]
     tied: dict[str, str]

@@ -1,0 +1,62 @@
+"""Reports, evaluations and predictions as rows for people: (what, figure)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tenpak.report.card import plus_minus, size
+
+__all__ = ["prediction_rows", "quality_rows", "report_rows"]
+
+
+def report_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """Rows of a report's JSON, its quality included where it was measured."""
+    rows = [
+        ("recipe", report["recipe"]),
+        ("weight files", f"{report['bytes']:,} bytes ({size(report['bytes'])})"),
+        ("bits per weight", f"{report['bpw']:.3f}, everything counted"),
+        ("smaller than FP32", f"{report['ratio_fp32']:.2f}×"),
+        ("smaller than the checkpoint", f"{report['ratio_checkpoint']:.2f}×"),
+    ]
+    if report["seconds"] is not None:
+        rows.append(("time", f"{report['seconds']:.1f} s"))
+    return rows + (quality_rows(report["quality"])[3:] if report["quality"] else [])
+
+
+def quality_rows(quality: dict[str, Any]) -> list[tuple[str, str]]:
+    """Rows of an evaluation's JSON."""
+    rows = [
+        ("weight files", f"{quality['bytes']:,} bytes, {quality['bpw']:.3f} bits per weight"),
+        ("smaller than FP32", f"{quality['ratio_fp32']:.2f}×"),
+        ("smaller than the checkpoint", f"{quality['ratio_checkpoint']:.2f}×"),
+        ("perplexity", f"{quality['ppl_original']:.4f} → {quality['ppl']:.4f}"),
+        ("perplexity increase", plus_minus(quality, "ppl_increase", "+.2%")),
+        ("KL divergence", f"{plus_minus(quality, 'kl', '.5f')} nats per token"),
+        ("top-1 agreement", plus_minus(quality, "top1", ".2%")),
+        (
+            "measured on",
+            f"{quality['text']}: {quality['tokens']:,} tokens, windows of {quality['window']}, {quality['dtype']}",
+        ),
+    ]
+    if "tokens_per_second" in quality:  # a manifest has what is the same in every run
+        speeds = quality["tokens_per_second_original"], quality["tokens_per_second"]
+        rows.append(("speed", f"{speeds[0]:,.0f} → {speeds[1]:,.0f} tokens/s"))
+    for name, found in quality.get("memory", {}).items():
+        rows.append(
+            (f"resident, {name}", f"{(found['after_forward'] - found['baseline']) / 1e6:.1f} MB after a forward pass")
+        )
+    return rows
+
+
+def prediction_rows(prediction: dict[str, Any]) -> list[tuple[str, str]]:
+    """Rows of a dry run's JSON."""
+    return [
+        ("weight files", f"{prediction['bytes']:,} bytes{'' if prediction['exact'] else ' (estimated)'}"),
+        ("bits per weight", f"{prediction['bpw']:.3f}, everything counted"),
+        ("smaller than FP32", f"{prediction['ratio_fp32']:.2f}×"),
+        ("smaller than the checkpoint", f"{prediction['ratio_checkpoint']:.2f}×"),
+        ("memory", f"about {size(prediction['memory'])} at the peak"),
+        ("disk", f"{size(prediction['disk'])} free while writing"),
+        ("time", f"about {prediction['seconds']:.0f} s, without calibration and evaluation"),
+        ("left dense", f"{len(prediction['dense'])} tensors"),
+    ]

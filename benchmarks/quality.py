@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,15 @@ def cases() -> dict[str, tuple[Path, Path, Path]]:
     shared = Path(os.environ.get("TENPAK_SHARED", ROOT.parent / "shared"))
     stories = shared / "data" / "tinystories_train.txt", shared / "data" / "tinystories_eval.txt"
     if all(path.is_file() for path in stories):
-        found["tinystories-3.7m, stories"] = (bundled, *stories)
         for name in ("babyllama-tok105-0.94m", "stories260k"):
             if (shared / "models" / name).is_dir():
                 found[f"{name}, stories"] = (shared / "models" / name, *stories)
+        found["tinystories-3.7m, stories"] = (bundled, *stories)
     return found
 
 
-def run() -> dict[str, Any]:
+def run() -> Iterator[dict[str, Any]]:
+    """The results so far, after each case: a run that is stopped has measured something."""
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="tenpak-quality-") as folder:
         recipes = {**{name: preset.recipe for name, preset in PRESETS.items()}, **CALIBRATED}
@@ -56,7 +58,7 @@ def run() -> dict[str, Any]:
                 found = tenpak("evaluate", out, "--against", model, "--text", text, "--window", str(WINDOW))
                 results[case][preset] = {"recipe": recipe, **found}
                 print(f"{case}: {preset}: {found['bpw']:.3f} bpw, KL {found['kl']:.5f}", file=sys.stderr)
-    return {"window": WINDOW, "cases": results}
+            yield {"window": WINDOW, "cases": results}
 
 
 def tenpak(*arguments: str | Path) -> dict[str, Any]:

@@ -25,7 +25,9 @@ def main() -> None:
         sys.exit(f"no benchmark {unknown[0]!r}; there are {', '.join(BENCHMARKS)}")
     for name in names:
         print(f"{name} …", file=sys.stderr)
-        print(write(name, BENCHMARKS[name]()))
+        result = BENCHMARKS[name]()
+        for part in [result] if isinstance(result, dict) else result:
+            print(write(name, part))
 
 
 if __name__ == "__main__":

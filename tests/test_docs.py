@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 import shlex
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,3 +117,11 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
     local = {target for target in targets if target and "://" not in target and not target.startswith("mailto:")}
     missing = {target for target in local if not (page.parent / target).exists()}
     assert not missing
+
+
+def test_tables_are_those_of_the_results() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "render.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for page in PAGES:
+        assert not re.search(r"<!-- table: \w+ -->\n<!-- /table -->", page.read_text(encoding="utf-8")), page

@@ -43,7 +43,9 @@ def verify(folder: str | Path) -> Verification:
         for name, info in artifact.tensors.items()
         if _hash(info.file, info) != expected[name]
     ]
-    problems += [f"file {name!r} is missing or not the one that was written" for name in changed_files(artifact)]
+    for name in changed_files(artifact):
+        there = (artifact.folder / name).is_file()
+        problems.append(f"file {name!r} is {'not the one that was written' if there else 'missing'}")
     return Verification(len(artifact.tensors), artifact.bytes, tuple(problems))
 
 

@@ -80,6 +80,7 @@ def prepare(folder: Path, monkeypatch: pytest.MonkeyPatch, tinystories: Path) ->
             (model / path.name).symlink_to(path)
     text = (tinystories / "texts" / "evaluation.txt").read_text(encoding="utf-8")
     (model / "texts" / "evaluation.txt").write_text(text[:8000], encoding="utf-8")
+    (model / "texts" / "calibration.txt").symlink_to(tinystories / "texts" / "calibration.txt")
     monkeypatch.chdir(folder)
 
 

@@ -13,6 +13,7 @@ import torch
 
 from tenpak.allocation.plan import PlanEntry
 from tenpak.artifact.schema import CODES_SUFFIX
+from tenpak.artifact.sizes import Sizes
 from tenpak.artifact.writer import MAX_SHARD_BYTES, predicted_bytes
 from tenpak.checkpoint.header import DTYPE_BYTES
 from tenpak.checkpoint.source import tensor_sha256
@@ -23,7 +24,7 @@ __all__ = ["Prediction", "predict"]
 
 
 @dataclass(frozen=True)
-class Prediction:
+class Prediction(Sizes):
     """What compressing would write and need.
 
     Attributes:
@@ -44,18 +45,6 @@ class Prediction:
     disk: int
     seconds: float
     dense: Mapping[str, str]
-
-    @property
-    def bpw(self) -> float:
-        return 8 * self.bytes / self.parameters
-
-    @property
-    def ratio_fp32(self) -> float:
-        return 4 * self.parameters / self.bytes
-
-    @property
-    def ratio_checkpoint(self) -> float:
-        return self.checkpoint_bytes / self.bytes
 
     def to_json(self) -> dict[str, Any]:
         names = ("bytes", "exact", "parameters", "checkpoint_bytes", "bpw", "ratio_fp32", "ratio_checkpoint")

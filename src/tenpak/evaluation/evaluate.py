@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tenpak.artifact.reader import open_artifact
+from tenpak.artifact.sizes import Sizes
 from tenpak.calibration.text import load_text, sample_text, tokenize
 from tenpak.checkpoint.source import open_checkpoint
 from tenpak.errors import EvaluationError
@@ -28,7 +29,7 @@ _SAMPLED_SEED = 2
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Sizes):
     """Sizes and quality of an artifact.
 
     Attributes:
@@ -51,18 +52,6 @@ class Evaluation:
     def kl(self) -> float:
         """KL(original ‖ artifact), nats per token."""
         return self.fidelity.kl
-
-    @property
-    def bpw(self) -> float:
-        return 8 * self.bytes / self.parameters
-
-    @property
-    def ratio_fp32(self) -> float:
-        return 4 * self.parameters / self.bytes
-
-    @property
-    def ratio_checkpoint(self) -> float:
-        return self.checkpoint_bytes / self.bytes
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from tenpak.artifact.reader import open_artifact
+from tenpak.artifact.sizes import Sizes
 
 __all__ = ["Report", "measured"]
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Sizes):
     """An artifact's sizes and quality.
 
     Attributes:
@@ -51,19 +52,6 @@ class Report:
     dense: Mapping[str, Mapping[str, Any]]
     seconds: float | None = None
     quality: Mapping[str, Any] | None = None
-
-    @property
-    def bpw(self) -> float:
-        """Bits per weight over everything: 8 × bytes of the weight files ÷ parameters."""
-        return 8 * self.bytes / self.parameters
-
-    @property
-    def ratio_fp32(self) -> float:
-        return 4 * self.parameters / self.bytes
-
-    @property
-    def ratio_checkpoint(self) -> float:
-        return self.checkpoint_bytes / self.bytes
 
     def with_quality(self, quality: Mapping[str, Any] | None) -> Report:
         """The same report with a measured quality."""

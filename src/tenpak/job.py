@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from tenpak.allocation.plan import Override, Plan, make_plan
 from tenpak.checkpoint.source import Checkpoint, open_checkpoint, tensor_sha256
@@ -16,9 +17,10 @@ __all__ = ["Job", "open_job"]
 
 @dataclass(frozen=True)
 class Job:
-    """A checkpoint and the plan for it, with the recipe and overrides that the plan was made from."""
+    """A checkpoint, its transformers configuration, and the plan, with recipe and overrides that it was made from."""
 
     checkpoint: Checkpoint
+    config: Any
     plan: Plan
     recipe: str
     overrides: tuple[str, ...]
@@ -45,7 +47,7 @@ def open_job(
     weights = bind(model, checkpoint.tensors)
     check_coverage(model, weights)
     weights = tuple(_settle_tie(checkpoint, weight) for weight in weights)
-    return Job(checkpoint, make_plan(weights, codec, parsed), recipe, tuple(overrides))
+    return Job(checkpoint, model.config, make_plan(weights, codec, parsed), recipe, tuple(overrides))
 
 
 def _settle_tie(checkpoint: Checkpoint, weight: Weight) -> Weight:

@@ -33,11 +33,13 @@ __all__ = [
     "TORCH_DTYPES",
     "Checkpoint",
     "dtype_name",
+    "fingerprint",
     "is_artifact",
     "locate",
     "open_checkpoint",
     "read_config",
     "read_tensor",
+    "source_sha256",
     "tensor_bytes",
     "tensor_sha256",
 ]
@@ -117,6 +119,28 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 def tensor_sha256(tensor: Tensor) -> str:
     """SHA-256 of ``tensor_bytes``, in hexadecimal."""
     return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+
+
+def source_sha256(checkpoint: Checkpoint, hashes: Mapping[str, str] | None = None) -> str:
+    """Hash of a checkpoint: of the lines ``name dtype shape sha256-of-bytes`` of all its tensors, sorted by name.
+
+    Args:
+        checkpoint: the source.
+        hashes: tensor → hash of its bytes, where they are known; else every tensor is read.
+    """
+    known = (
+        hashes if hashes is not None else {name: tensor_sha256(checkpoint.read(name)) for name in checkpoint.tensors}
+    )
+    tensors = checkpoint.tensors
+    lines = (f"{n} {tensors[n].dtype} {list(tensors[n].shape)} {known[n]}\n" for n in sorted(known))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What changes when a checkpoint's files do, without reading them: sizes and times, and the configuration."""
+    files = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in checkpoint.files}
+    config = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode()).hexdigest()
+    return {"folder": str(checkpoint.folder.resolve()), "files": files, "config": config}
 
 
 def dtype_name(dtype: torch.dtype) -> str:

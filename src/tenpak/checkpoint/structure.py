@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -58,6 +59,7 @@ class Weight:
         slot: (expert, part) for a tensor that fills a part of a stacked parameter; parts are stacked along the rows.
         tied_to: name of the tensor that the model ties this one to, where the checkpoint holds both.
         reason: why a dense tensor cannot be compressed.
+        restructured: the parameter is made from it in a way that only transformers knows.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Weight:
     slot: tuple[int, int] | None = None
     tied_to: str | None = None
     reason: str = ""
+    restructured: bool = False
 
     @property
     def numel(self) -> int:
@@ -86,8 +89,8 @@ class Weight:
         return (second, first) if self.transposed else (first, second)
 
 
-def build_meta_model(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The model class of a folder, without weights.
+def build_meta_model(folder: Path, *, trust_remote_code: bool = False, buffers: bool = False) -> Any:
+    """The model class of a folder, without weights; with ``buffers`` those that the class computes itself are real.
 
     Raises:
         CheckpointError: not a decoder-only language model that transformers can build.
@@ -112,7 +115,7 @@ def build_meta_model(folder: Path, *, trust_remote_code: bool = False) -> Any:
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # an artifact: its skeleton is that of the original
     try:
-        with torch.device("meta"):
+        with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # a config may describe an impossible model in any number of ways
         raise CheckpointError(
@@ -187,8 +190,8 @@ def _place(
     converter: Any,
     part: int,
 ) -> Weight:
-    def dense(reason: str, parameter: str = target) -> Weight:
-        return Weight(name, info.dtype, info.shape, "dense", parameter, reason=reason)
+    def dense(reason: str, parameter: str = target, restructured: bool = False) -> Weight:
+        return Weight(name, info.dtype, info.shape, "dense", parameter, reason=reason, restructured=restructured)
 
     if target not in parameters:
         return dense(f"{type(model).__name__} does not use it", "")
@@ -197,7 +200,7 @@ def _place(
     if converter is not None:
         if not _is_expert_merge(converter):
             steps = ", ".join(type(step).__name__ for step in converter.operations)
-            return dense(f"transformers restructures it while loading ({steps})")
+            return dense(f"transformers restructures it while loading ({steps})", restructured=True)
         if len(info.shape) != 2 or not _is_float(info):
             return dense(f"a {len(info.shape)}-D {info.dtype} part of experts")
         # The expert number is filled in when all of them are known.

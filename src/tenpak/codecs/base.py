@@ -81,7 +81,11 @@ class Statistics:
         mean: E[x], FP32 ``[in]``.
         mean_abs: E|x|, FP32 ``[in]``.
         cross: E[x x̂ᵀ], FP32 ``[in, in]``: x the original model's input, x̂ the one after compression so far.
+        shift: E[d x̂ᵀ], FP32 ``[out, in]``: d what should be added to the output Wx̂; it takes the place of ``cross``.
         output_curvature: E[(∂ℓ/∂y)²] per output, FP32 ``[out]``, ℓ in nats; weighs the rows.
+        token_frequency: of an embedding: how often each row was looked up per token of text, FP32 ``[out]``.
+        input_curvature: of an embedding: E[(∂ℓ/∂e)²] at its output e, FP32 ``[in]``. An error E_v of row v of a matrix
+            that is embedding and head at once costs ½·E_v (g_v H + f_v diag c) E_vᵀ.
     """
 
     count: int | None = None
@@ -89,7 +93,36 @@ class Statistics:
     mean: Tensor | None = None
     mean_abs: Tensor | None = None
     cross: Tensor | None = None
+    shift: Tensor | None = None
     output_curvature: Tensor | None = None
+    token_frequency: Tensor | None = None
+    input_curvature: Tensor | None = None
+
+    @property
+    def metric(self) -> Tensor | None:
+        """What an error of an average row costs, FP32 ``[in, in]`` up to a factor; None where nothing is known.
+
+        It is the Hessian; of an embedding the mean over its rows of g_v H + f_v diag c, as far as these are known.
+        """
+        if self.input_curvature is None:
+            return self.hessian
+        looked_up = torch.diag(self.input_curvature)
+        if self.hessian is None or self.output_curvature is None:
+            return looked_up
+        return looked_up / len(self.output_curvature) + self.hessian * self.output_curvature.mean()
+
+    @property
+    def row_weight(self) -> Tensor | None:
+        """How much the error of a row counts, FP32 ``[out]`` up to a factor; None where nothing is known.
+
+        It is the output curvature; of an embedding the trace of g_v H + f_v diag c.
+        """
+        if self.input_curvature is None or self.token_frequency is None:
+            return self.output_curvature
+        looked_up = self.token_frequency * self.input_curvature.sum()
+        if self.hessian is None or self.output_curvature is None:
+            return looked_up
+        return looked_up + self.output_curvature * self.hessian.diagonal().sum()
 
 
 @dataclass(frozen=True)
@@ -127,6 +160,11 @@ class Codec(ABC):
     @property
     def needs_statistics(self) -> bool:
         """Whether ``encode`` cannot do without statistics (the Hessian)."""
+        return False
+
+    @property
+    def uses_curvature(self) -> bool:
+        """Whether ``encode`` weighs rows by their curvature, which takes a backward pass to collect."""
         return False
 
     # Runtime: what ``prepare`` returns stays in memory; products and look-ups work from it. --------------------------

@@ -90,9 +90,9 @@ def column_importance(statistics: Statistics | None, columns: int, device: torch
     Raises:
         CodecError: the Hessian is not ``[in, in]``, or its diagonal is negative or not finite.
     """
-    if statistics is None or statistics.hessian is None:
+    hessian = None if statistics is None else statistics.metric
+    if hessian is None:
         return None
-    hessian = statistics.hessian
     if tuple(hessian.shape) != (columns, columns):
         raise CodecError(f"the Hessian is {tuple(hessian.shape)}, the weight has {columns} input columns")
     return _relative(hessian.diagonal(), "diagonal of the Hessian", device)
@@ -104,9 +104,9 @@ def row_importance(statistics: Statistics | None, rows: int, device: torch.devic
     Raises:
         CodecError: the output curvature is not ``[out]``, negative or not finite.
     """
-    if statistics is None or statistics.output_curvature is None:
+    curvature = None if statistics is None else statistics.row_weight
+    if curvature is None:
         return None
-    curvature = statistics.output_curvature
     if tuple(curvature.shape) != (rows,):
         raise CodecError(f"the output curvature is {tuple(curvature.shape)}, the weight has {rows} output rows")
     return _relative(curvature, "output curvature", device)

@@ -108,6 +108,11 @@ class NormalFloat(Codec):
         """Whether the rounding does."""
         return self.rounding.needs_statistics
 
+    @property
+    def uses_curvature(self) -> bool:
+        """Whether levels are learned, and for calibrated weights."""
+        return self.levels == "learned" and self.rounding.needs_statistics
+
     def fields(self, shape: tuple[int, int]) -> tuple[Field, ...]:
         """Scales, levels where they are learned, codes."""
         rows, columns = shape

@@ -64,6 +64,11 @@ class Residual(Codec):
         """Whether a stage does."""
         return self.base.needs_statistics or self.rest.needs_statistics
 
+    @property
+    def uses_curvature(self) -> bool:
+        """Whether a stage does."""
+        return self.base.uses_curvature or self.rest.uses_curvature
+
     def fields(self, shape: tuple[int, int]) -> tuple[Field, ...] | None:
         """The fields of both stages, or None where the rate of one is only known after coding."""
         base, rest = self.base.fields(shape), self.rest.fields(shape)

@@ -82,12 +82,12 @@ def feedback(
 
 def _scaled(statistics: Statistics | None, columns: int) -> Tensor:
     """A copy of the Hessian with mean diagonal one (the identity for a zero one), dead columns cleared, FP32."""
-    if statistics is None or statistics.hessian is None:
+    hessian = None if statistics is None else statistics.metric
+    if hessian is None:
         raise MissingStatisticsError(
             "rounding gptq needs the Hessian E[x xᵀ] of the weight's inputs, and there is none",
             hint="calibrate on text (--calibration TEXT), or choose a recipe without gptq-",
         )
-    hessian = statistics.hessian
     if tuple(hessian.shape) != (columns, columns):
         raise CodecError(f"the Hessian is {tuple(hessian.shape)}, the weight has {columns} input columns")
     diagonal = hessian.diagonal().double()

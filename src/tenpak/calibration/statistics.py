@@ -1,0 +1,372 @@
+"""Statistics on disk: a folder that can be inspected, merged over shards of a text, and reused over recipes.
+
+    statistics.json          what was read (source, text, tokens, window, seed, method), and a table of the parts
+    part-00000.safetensors   block 0, and so on
+    part-outside.safetensors embeddings, head and whatever else is in no block
+
+A part holds, for each distinct input g, ``g.hessian`` FP32 ``[in, in]``, ``g.mean`` and ``g.mean_abs`` FP32 ``[in]``,
+and for each weight w with a curvature ``w.curvature`` FP32 ``[out]``; outside also ``token_frequency`` and
+``input_curvature``. A table in its metadata says which weights (parameter and matrix) share an input, and how many
+tokens it saw. A part is read when one of its weights is asked for, so a model's statistics never need to be in memory
+at once. ``statistics.json`` is written last: without it a folder is not complete.
+
+Merging weighs means by their counts, which is what one pass over all texts would have given.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tenpak.calibration.skeleton import OUTSIDE
+from tenpak.calibration.sums import InputSums, Key, Sums
+from tenpak.checkpoint.structure import Weight
+from tenpak.codecs.base import Statistics
+from tenpak.errors import CalibrationError
+
+__all__ = [
+    "FILE_NAME",
+    "Origin",
+    "StatisticsFolder",
+    "experts",
+    "merge",
+    "part_name",
+    "pooled",
+    "rows_before",
+    "write_part",
+    "write_table",
+]
+
+FILE_NAME = "statistics.json"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What statistics are of.
+
+    Attributes:
+        source: name of the model.
+        source_sha256: hash of its tensors, as in an artifact's manifest.
+        text: name of the text, or names.
+        text_sha256: hash of its UTF-8 bytes, or hashes.
+        tokens: how many of its tokens were read.
+        window: tokens per window.
+        seed: of the labels that were drawn.
+        method: ``"full"``, or ``"fast"``: forward only, curvature guessed.
+    """
+
+    source: str
+    source_sha256: str
+    text: str
+    text_sha256: str
+    tokens: int
+    window: int
+    seed: int
+    method: str
+
+
+@dataclass
+class _Table:
+    """What ``statistics.json`` says of a part."""
+
+    counts: list[int] = field(default_factory=list)
+    weights: list[tuple[str, int, int]] = field(default_factory=list)  # parameter, matrix, input
+
+
+def part_name(part: int) -> str:
+    """File name of a part: a block's number, or ``OUTSIDE``."""
+    return "part-outside.safetensors" if part == OUTSIDE else f"part-{part:05d}.safetensors"
+
+
+def write_part(folder: Path, part: int, sums: Sums, extra: Mapping[str, Tensor] | None = None) -> None:
+    """Store the statistics of a part, its table beside it; both appear at once or not at all.
+
+    Args:
+        folder: the statistics' folder.
+        part: a block's number, or ``OUTSIDE``.
+        sums: of the part's weights.
+        extra: further tensors, by name.
+    """
+    tensors: dict[str, Tensor] = {name: tensor.contiguous() for name, tensor in (extra or {}).items()}
+    for number, inputs in enumerate(sums.inputs):
+        made = inputs.statistics()
+        found = {"hessian": made.hessian, "mean": made.mean, "mean_abs": made.mean_abs}
+        tensors |= {f"{number}.{name}": value for name, value in found.items() if value is not None}
+    weights = []
+    for position, (key, group) in enumerate(sums.group_of.items()):
+        weights.append((key[0], key[1], group))
+        if key in sums.squares:
+            tensors[f"{position}.curvature"] = (sums.squares[key] / max(sums.inputs[group].count, 1)).float()
+    table = _Table([inputs.count for inputs in sums.inputs], weights)
+    path = folder / part_name(part)
+    temporary = path.with_suffix(".partial")
+    try:
+        save_file(tensors, temporary, metadata={"table": json.dumps(asdict(table))})
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise CalibrationError(
+            f"cannot write {path}: {error}", hint="free space there; what is complete is kept and will be reused"
+        ) from error
+
+
+def write_table(folder: Path, origin: Origin, parts: Iterable[int]) -> None:
+    """Complete a folder of statistics."""
+    content = {"version": VERSION, **asdict(origin), "parts": list(parts)}
+    path = folder / FILE_NAME
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
+
+
+@dataclass(frozen=True)
+class _Part:
+    table: _Table
+    tensors: Mapping[str, Tensor]
+
+    def get(self, key: Key) -> Statistics | None:
+        """Statistics of a weight, or None where it was never multiplied with."""
+        for position, (parameter, matrix, group) in enumerate(self.table.weights):
+            if (parameter, matrix) == key:
+                return Statistics(
+                    count=self.table.counts[group],
+                    hessian=self.tensors[f"{group}.hessian"],
+                    mean=self.tensors[f"{group}.mean"],
+                    mean_abs=self.tensors[f"{group}.mean_abs"],
+                    output_curvature=self.tensors.get(f"{position}.curvature"),
+                )
+        return None
+
+
+class StatisticsFolder:
+    """Statistics that were written before.
+
+    Attributes:
+        folder: where they are.
+        origin: what they are of.
+        parts: the parts there are.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        """Open a folder.
+
+        Raises:
+            CalibrationError: it holds no complete statistics, or those of another version of tenpak.
+        """
+        self.folder = Path(folder)
+        path = self.folder / FILE_NAME
+        try:
+            content = json.loads(path.read_text())
+            version = content.pop("version")
+            self.parts: list[int] = content.pop("parts")
+            if version != VERSION:
+                raise CalibrationError(
+                    f"{folder} holds statistics of version {version!r}, this tenpak reads {VERSION}",
+                    hint="calibrate again",
+                )
+            self.origin = Origin(**content)
+        except OSError as error:
+            raise CalibrationError(
+                f"{folder} holds no statistics: {path.name}: {error.strerror}",
+                hint="`tenpak calibrate MODEL -o FOLDER` makes some; it writes that file last",
+            ) from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CalibrationError(f"{path} is damaged", hint="calibrate again") from error
+        self._held: dict[int, _Part] = {}
+        self._lock = threading.Lock()
+
+        tables = {number: _read_table(self.folder / part_name(number)) for number in self.parts}
+        self._part_of = {parameter: number for number, table in tables.items() for parameter, _, _ in table.weights}
+
+    def part(self, number: int) -> _Part:
+        """A part, read now; the last one is held, since a block's weights are asked for together.
+
+        Raises:
+            CalibrationError: it is missing or damaged.
+        """
+        with self._lock:
+            if number not in self._held:
+                self._held = {number: _read_part(self.folder / part_name(number))}
+            return self._held[number]
+
+    def of(self, weight: Weight, *, rows_before: int = 0) -> tuple[Statistics | None, ...]:
+        """Statistics of a tensor's matrices, one for each; None where nothing is known.
+
+        An expert that saw fewer tokens than it has inputs gets the means over all experts of its layer.
+
+        Args:
+            weight: the tensor.
+            rows_before: where the tensor is a part of an expert's rows: how many come before it.
+
+        Raises:
+            CalibrationError: a part is missing or damaged.
+        """
+        if weight.kind == "embedding":
+            return (self._embedding(weight),)
+        if weight.parameter not in self._part_of:
+            return (None,) * weight.matrices
+        part = self.part(self._part_of[weight.parameter])
+        if weight.kind != "expert":
+            return (part.get((weight.parameter, 0)),)
+        seen = [matrix for parameter, matrix, _ in part.table.weights if parameter == weight.parameter]
+        return experts(part.get, weight, seen, rows_before=rows_before)
+
+    def counts(self) -> dict[str, list[int]]:
+        """How many inputs each weight saw: parameter → count of each matrix that saw any."""
+        found: dict[str, list[int]] = {}
+        for number in self.parts:
+            table = _read_table(self.folder / part_name(number))
+            for parameter, _, group in table.weights:
+                found.setdefault(parameter, []).append(table.counts[group])
+        return found
+
+    def _embedding(self, weight: Weight) -> Statistics:
+        part = self.part(OUTSIDE)
+        return replace(
+            part.get((weight.parameter, 0))
+            or Statistics(count=self.origin.tokens),  # a product where it is the head too
+            token_frequency=part.tensors.get("token_frequency"),
+            input_curvature=part.tensors.get("input_curvature"),
+        )
+
+
+def experts(
+    get: Callable[[Key], Statistics | None], weight: Weight, matrices: Sequence[int], *, rows_before: int = 0
+) -> tuple[Statistics | None, ...]:
+    """Statistics of the experts in a tensor; one that saw too few tokens takes the means over its layer's experts.
+
+    Args:
+        get: statistics of one matrix of a parameter.
+        weight: the tensor: a stack of experts, or (``slot``) a part of the rows of one.
+        matrices: the experts that saw any token.
+        rows_before: rows of the expert's matrix in tensors before this one.
+    """
+    wanted = range(weight.matrices) if weight.slot is None else [weight.slot[0]]
+    found = []
+    shared: Statistics | None = None
+    for expert in wanted:
+        own = get((weight.parameter, expert))
+        tokens = 0 if own is None else own.count or 0
+        if tokens < weight.matrix_shape[1]:
+            if shared is None and matrices:
+                shared = pooled([s for m in matrices if (s := get((weight.parameter, m))) is not None])
+            own = None if shared is None else replace(shared, count=tokens)
+        if own is not None and weight.slot is not None and own.output_curvature is not None:
+            rows = slice(rows_before, rows_before + weight.matrix_shape[0])
+            own = replace(own, output_curvature=own.output_curvature[rows])
+        found.append(own)
+    return tuple(found)
+
+
+def rows_before(weights: Sequence[Weight]) -> dict[str, int]:
+    """Tensors that are a part of an expert's rows → rows in the parts before it."""
+    found: dict[str, int] = {}
+    rows: dict[Key, int] = {}
+    for weight in sorted((w for w in weights if w.slot is not None), key=lambda w: w.slot or (0, 0)):
+        key = weight.parameter, (weight.slot or (0, 0))[0]
+        found[weight.name] = rows.get(key, 0)
+        rows[key] = found[weight.name] + weight.matrix_shape[0]
+    return found
+
+
+def pooled(statistics: Sequence[Statistics]) -> Statistics | None:
+    """The statistics of all these inputs together; None where there are none."""
+    total = sum(s.count or 0 for s in statistics)
+    if not total:
+        return None
+
+    def mean(name: str) -> Tensor | None:
+        values = [(s.count or 0, getattr(s, name)) for s in statistics]
+        if any(value is None for _, value in values):
+            return None
+        summed: Tensor = sum(value.double() * (count / total) for count, value in values)
+        return summed.float()
+
+    names = ("hessian", "mean", "mean_abs", "output_curvature")
+    return Statistics(count=total, **{name: mean(name) for name in names})
+
+
+def merge(folders: Sequence[str | Path], out: str | Path) -> Origin:
+    """Merge statistics of several texts, or shards of one, into a new folder.
+
+    Raises:
+        CalibrationError: they are of different models or were collected in different ways.
+    """
+    opened = [StatisticsFolder(folder) for folder in folders]
+    first = opened[0].origin
+    for other in opened[1:]:
+        for name in ("source_sha256", "method", "window"):
+            if getattr(other.origin, name) != getattr(first, name):
+                raise CalibrationError(
+                    f"{other.folder} and {opened[0].folder} differ in {name}: "
+                    f"{getattr(other.origin, name)} and {getattr(first, name)}",
+                    hint="merge statistics of one model that were collected in one way",
+                )
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    for number in opened[0].parts:
+        sums = Sums()
+        extra: dict[str, Tensor] = {}
+        for shard in opened:
+            part = shard.part(number)
+            sums.add(_as_sums(part))
+            for name in ("token_frequency", "input_curvature"):
+                if name in part.tensors:
+                    weighed = part.tensors[name].double() * shard.origin.tokens
+                    extra[name] = extra[name] + weighed if name in extra else weighed
+        tokens = sum(shard.origin.tokens for shard in opened)
+        write_part(out, number, sums, {name: (value / tokens).float() for name, value in extra.items()})
+    origin = replace(
+        first,
+        text=", ".join(shard.origin.text for shard in opened),
+        text_sha256=", ".join(shard.origin.text_sha256 for shard in opened),
+        tokens=sum(shard.origin.tokens for shard in opened),
+    )
+    write_table(out, origin, opened[0].parts)
+    return origin
+
+
+def _as_sums(part: _Part) -> Sums:
+    sums = Sums()
+    for number, count in enumerate(part.table.counts):
+        hessian, mean, mean_abs = (
+            part.tensors[f"{number}.{name}"].double() for name in ("hessian", "mean", "mean_abs")
+        )
+        sums.inputs.append(InputSums(count, hessian * count, mean * count, mean_abs * count))
+    for position, (parameter, matrix, group) in enumerate(part.table.weights):
+        sums.group_of[parameter, matrix] = group
+        if f"{position}.curvature" in part.tensors:
+            curvature = part.tensors[f"{position}.curvature"].double()
+            sums.squares[parameter, matrix] = curvature * part.table.counts[group]
+    return sums
+
+
+def _read_table(path: Path) -> _Table:
+    try:
+        with safe_open(path, framework="pt") as file:
+            table = json.loads(file.metadata()["table"])
+        weights = [(str(parameter), int(matrix), int(group)) for parameter, matrix, group in table["weights"]]
+        return _Table([int(count) for count in table["counts"]], weights)
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise _damaged(path, error) from error
+
+
+def _read_part(path: Path) -> _Part:
+    try:
+        return _Part(_read_table(path), load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> CalibrationError:
+    return CalibrationError(f"{path} is missing or damaged: {error}", hint="calibrate again")

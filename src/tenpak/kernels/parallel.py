@@ -1,0 +1,43 @@
+"""Work on several items at a time, one thread each, with results in order.
+
+One torch thread an item: what is computed cannot depend on the number of workers, and threads need not wait for each
+other at every operation, which costs most where other programs use the same cores.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import TypeVar
+
+import torch
+
+__all__ = ["ordered_map", "worker_count"]
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# Each worker holds an item and its result; more of them would rarely be faster and always be larger.
+_MAX_WORKERS = 4
+
+
+def worker_count() -> int:
+    """How many items are worked on at a time: torch's threads, at most four."""
+    return min(torch.get_num_threads(), _MAX_WORKERS)
+
+
+def ordered_map(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """``map``, with a few items ahead of the one whose result is taken; an error ends it when its turn comes."""
+    rest = iter(items)
+    pending: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(worker_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            pending.extend(pool.submit(work, item) for item in islice(rest, worker_count()))
+            while pending:
+                result = pending.popleft().result()
+                pending.extend(pool.submit(work, item) for item in islice(rest, 1))
+                yield result
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)

@@ -10,7 +10,7 @@ from families import make_tiny_talker
 
 import tenpak
 from tenpak.artifact.schema import MANIFEST_NAME, load_manifest
-from tenpak.errors import CalibrationError, MissingStatisticsError
+from tenpak.errors import CalibrationError
 
 TEXT = "the moon and the sun went over the sea and the star sat on the moon. " * 60
 OTHER = "a star sat over the sun and the sea went on. " * 20
@@ -84,10 +84,15 @@ def test_the_evaluation_text_is_never_the_calibration_text(talker: Path, text: P
     tenpak.compress(talker, tmp_path / "out", recipe="int4:g32", calibration=text, evaluation=text)
 
 
-def test_embeddings_have_no_statistics_yet(talker: Path, text: Path, tmp_path: Path) -> None:
-    with pytest.raises(MissingStatisticsError, match="embed_tokens"):
-        tenpak.compress(talker, tmp_path / "out", calibration=text, overrides=("embed*=gptq-int4:g32",))
-    assert not (tmp_path / "out").exists()
+def test_embeddings_are_rounded_with_both_of_their_uses(talker: Path, text: Path, tmp_path: Path) -> None:
+    """The embedding's statistics take a backward pass, which is made when its codec needs them."""
+    tenpak.compress(talker, tmp_path / "out", calibration=text, overrides=("embed*=gptq-int4:g32",))
+    tenpak.compress(talker, tmp_path / "plain", overrides=("embed*=int4:g32",))
+    name = "model.embed_tokens.weight"
+    calibrated, plain = (tenpak.open_artifact(tmp_path / kind).decode(name) for kind in ("out", "plain"))
+    assert calibrated.shape == plain.shape
+    # Untied, its errors do not mix: the metric is diagonal, and every weight takes the nearest level.
+    assert torch.equal(calibrated, plain)
 
 
 def test_few_tokens_are_warned_about(talker: Path, tmp_path: Path) -> None:

@@ -48,8 +48,8 @@ def invoke(*arguments: object) -> tuple[str, str]:
 @pytest.fixture(autouse=True)
 def consoles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Consoles that write to whatever stdout and stderr are at the time: CliRunner replaces them."""
-    monkeypatch.setattr(cli._out, "_file", None)
-    monkeypatch.setattr(cli._err, "_file", None)
+    monkeypatch.setattr(cli.out, "_file", None)
+    monkeypatch.setattr(cli.err, "_file", None)
 
 
 # Help ------------------------------------------------------------------------------------------------------------

@@ -14,9 +14,9 @@ ROOT = Path(tenpak.__file__).parent
 FILES = sorted(path for path in ROOT.rglob("*.py") if "__pycache__" not in path.parts)
 
 # A module may import its own layer and those to its right. What the design calls compress is
-# `pipeline`, `prediction`, `encoding` and `job`.
+# `pipeline`, `prediction`, `task`, `sequential`, `encoding`, `work` and `job`.
 LAYERS = (
-    "cli", "pipeline", "prediction", "encoding", "calibrate", "job", "recipes", "report", "tuning", "allocation",
+    "cli", "console", "pipeline", "prediction", "task", "sequential", "encoding", "work", "calibrating", "job", "recipes", "report", "tuning", "allocation",
     "evaluation", "nn", "calibration", "artifact", "checkpoint", "codecs", "kernels", "errors",
 )  # fmt: skip
 # The package itself, what runs it, and what registers it hold the layers together.

@@ -22,7 +22,7 @@ MODULES = sorted(
 
 
 def test_the_package_offers_exactly_this() -> None:
-    expected = ["TenpakError", "compress", "evaluate", "load", "open_artifact", "predict", "verify"]
+    expected = ["TenpakError", "calibrate", "compress", "evaluate", "load", "open_artifact", "predict", "verify"]
     assert sorted(tenpak.__all__) == expected
     assert all(callable(getattr(tenpak, name)) for name in expected)
     assert set(expected) <= set(dir(tenpak))

@@ -19,15 +19,17 @@ from tenpak.errors import TenpakError
 if TYPE_CHECKING:
     from tenpak.artifact.reader import open_artifact
     from tenpak.artifact.verify import verify
+    from tenpak.calibrating import calibrate
     from tenpak.evaluation.evaluate import evaluate
     from tenpak.nn.load import load
     from tenpak.pipeline import compress
     from tenpak.prediction import predict
 
-__all__ = ["TenpakError", "compress", "evaluate", "load", "open_artifact", "predict", "verify"]
+__all__ = ["TenpakError", "calibrate", "compress", "evaluate", "load", "open_artifact", "predict", "verify"]
 __version__ = version("tenpak")
 
 _HOMES = {
+    "calibrate": "tenpak.calibrating",
     "compress": "tenpak.pipeline",
     "evaluate": "tenpak.evaluation.evaluate",
     "load": "tenpak.nn.load",

@@ -1,27 +1,35 @@
-"""From a text to statistics of the weights whose codecs need them.
+"""From a text to statistics: what calibration reads, and what it finds.
 
 The text is the user's, or ``texts/calibration.txt`` of the model's folder, or sampled from the model itself with a
-fixed seed. The model runs in FP32, whole, in this process: for now calibration needs it in memory.
+fixed seed. The model runs in FP32, a block at a time.
 """
 
 from __future__ import annotations
 
-import hashlib
+import shutil
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tenpak.allocation.plan import PlanEntry
-from tenpak.calibration.collect import Progress, collect
-from tenpak.calibration.text import context_length, load_text, sample_text, tokenize
-from tenpak.codecs.base import Statistics
-from tenpak.errors import MissingStatisticsError
-from tenpak.evaluation.evaluate import load_original, load_tokenizer
-from tenpak.job import Job
+from torch import Tensor
 
-__all__ = ["DEFAULT_TEXT", "DEFAULT_TOKENS", "Calibration", "calibrate", "text_sha256"]
+from tenpak.calibration.activations import SPILL_BYTES
+from tenpak.calibration.choice import Text, choose_text
+from tenpak.calibration.collect import Progress, collect
+from tenpak.calibration.heuristics import guess_curvature
+from tenpak.calibration.skeleton import Skeleton
+from tenpak.calibration.statistics import Origin, StatisticsFolder, write_part, write_table
+from tenpak.calibration.sums import Sums
+from tenpak.calibration.text import context_length, sample_text, tokenize
+from tenpak.checkpoint.source import source_sha256
+from tenpak.checkpoint.structure import Weight
+from tenpak.errors import CalibrationError, OutputExistsError
+from tenpak.evaluation.evaluate import load_original, load_tokenizer
+from tenpak.job import Job, open_job
+
+__all__ = ["DEFAULT_TEXT", "DEFAULT_TOKENS", "Reading", "calibrate", "collect_into", "read_text", "warn_if_short"]
 
 DEFAULT_TEXT = Path("texts") / "calibration.txt"
 DEFAULT_TOKENS = 131_072
@@ -32,93 +40,201 @@ _TOKENS_PER_INPUT = 50
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """Statistics for a job, and where they come from.
+class Reading:
+    """What a model is calibrated on.
 
     Attributes:
-        text: name of the text; empty where no weight needs statistics.
-        text_sha256: hash of its UTF-8 bytes.
-        tokens: how many of its tokens were read.
+        text: the text.
+        tokens: those of its tokens that are read, int64 ``[tokens]``.
         window: tokens per window.
-        statistics: tensor name → statistics.
     """
 
-    text: str = ""
-    text_sha256: str = ""
-    tokens: int = 0
-    window: int = 0
-    statistics: Mapping[str, Statistics] = field(default_factory=dict, repr=False)
+    text: Text
+    tokens: Tensor
+    window: int
 
-    def to_json(self) -> dict[str, Any] | None:
-        """What the manifest records; None where nothing was calibrated."""
-        fields = asdict(self, dict_factory=lambda items: {k: v for k, v in items if k != "statistics"})
-        return fields if self.statistics else None
+    def to_json(self) -> dict[str, Any]:
+        """What manifests record."""
+        return {
+            "text": self.text.name,
+            "text_sha256": self.text.sha256,
+            "tokens": self.tokens.numel(),
+            "window": self.window,
+        }
 
 
-def calibrate(
+def read_text(
     job: Job,
     text: str | Path | None = None,
     *,
     tokens: int = DEFAULT_TOKENS,
     window: int | None = None,
     trust_remote_code: bool = False,
-    progress: Progress | None = None,
-) -> Calibration:
-    """Collect what the codecs of a job need.
+) -> Reading:
+    """The text to calibrate a job's model on, as tokens.
 
     Args:
-        job: checkpoint and plan.
-        text: file, folder or dataset id; None for the model's own text.
+        job: the model.
+        text: file, folder or dataset id; None for the model's own text. Sampling one needs the model in memory.
         tokens: read at most this many.
         window: tokens per window, by default the model's context (at most 4096).
         trust_remote_code: let transformers run model code from the checkpoint.
-        progress: called with tokens read and tokens in all.
 
     Raises:
-        CalibrationError: the text cannot be used.
-        MissingStatisticsError: a codec needs statistics that are not collected for its kind of weight.
+        CalibrationError: the text cannot be used, or the tokenizer does not fit the model.
     """
-    needed = [entry for entry in job.plan.entries if entry.codec is not None and entry.codec.needs_statistics]
-    if not needed:
-        return Calibration()
-    _require_linear(needed)
     folder = job.checkpoint.folder
-    model = load_original(folder, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    if text is None and (folder / DEFAULT_TEXT).is_file():
-        text = folder / DEFAULT_TEXT
-    if text is None:
+
+    def sample() -> Text:
+        model = load_original(folder, trust_remote_code=trust_remote_code)
         content = sample_text(model, tokenizer, tokens=min(tokens, _SAMPLED_TOKENS), seed=_SAMPLED_SEED)
-        name = f"sampled from the model, seed {_SAMPLED_SEED}"
-    else:
-        content, name = load_text(text), Path(text).name if Path(text).exists() else str(text)
-    ids = tokenize(tokenizer, content, vocab_size=model.config.get_text_config().vocab_size)[:tokens]
-    length = window or context_length(model.config)
-    modules = {e.weight.name: model.get_submodule(e.weight.parameter.rpartition(".")[0]) for e in needed}
-    _warn_if_short(ids.numel(), needed)
-    statistics = collect(model, ids, modules, window=length, progress=progress)
-    return Calibration(name, text_sha256(content), ids.numel(), length, statistics)
+        return Text(f"sampled from the model, seed {_SAMPLED_SEED}", content)
+
+    chosen = choose_text(text, folder / DEFAULT_TEXT, sample)
+    ids = tokenize(tokenizer, chosen.content, vocab_size=job.config.get_text_config().vocab_size)[:tokens]
+    length = context_length(job.config) if window is None else window
+    if length < 1:
+        raise CalibrationError(f"a window of {length} tokens is not possible", hint="give at least 1")
+    return Reading(chosen, ids, length)
 
 
-def text_sha256(content: str) -> str:
-    """SHA-256 of a text's UTF-8 bytes, in hexadecimal."""
-    return hashlib.sha256(content.encode()).hexdigest()
+def calibrate(
+    source: str | Path,
+    out: str | Path,
+    *,
+    calibration: str | Path | None = None,
+    tokens: int = DEFAULT_TOKENS,
+    window: int | None = None,
+    fast: bool = False,
+    seed: int = 0,
+    overwrite: bool = False,
+    spill_bytes: int = SPILL_BYTES,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> StatisticsFolder:
+    """Collect the statistics of a model on a text, and keep them in a folder.
+
+    Args:
+        source: model folder or hub id.
+        out: folder to write; must not exist, unless it holds statistics and ``overwrite``.
+        calibration: text (file, folder or dataset id); None for the model's own, or text sampled from it.
+        tokens: read at most this many.
+        window: tokens per window, by default the model's context (at most 4096).
+        fast: forward only; the curvature is guessed from names and positions.
+        seed: of the labels that are drawn from the model for the curvature.
+        overwrite: replace statistics at ``out``.
+        spill_bytes: hidden states beyond this go to disk.
+        revision: of the hub repository.
+        trust_remote_code: let transformers run model code from the checkpoint.
+        progress: called with tokens done and in all, every block counted.
+
+    Raises:
+        CheckpointError: the source cannot be read.
+        CalibrationError: the text cannot be used, the model overflows on it, or the disk is full.
+        OutputExistsError: ``out`` exists.
+    """
+    out = Path(out)
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+        try:
+            StatisticsFolder(out)
+        except CalibrationError:
+            raise OutputExistsError(
+                f"{out} exists and holds no statistics", hint="choose another -o; only statistics are ever replaced"
+            ) from None
+        if not overwrite:
+            raise OutputExistsError(f"{out} exists", hint="choose another -o, or pass --overwrite")
+        shutil.rmtree(out)
+    job = open_job(source, "dense", (), revision=revision, trust_remote_code=trust_remote_code)
+    reading = read_text(job, calibration, tokens=tokens, window=window, trust_remote_code=trust_remote_code)
+    warn_if_short(reading, [entry.weight for entry in job.plan.entries if entry.weight.kind != "dense"])
+    return collect_into(
+        out,
+        job,
+        reading,
+        curvature=not fast,
+        seed=seed,
+        spill_bytes=spill_bytes,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
 
 
-def _require_linear(needed: list[PlanEntry]) -> None:
-    for entry in needed:
-        if entry.weight.kind not in ("matrix", "head"):
-            raise MissingStatisticsError(
-                f"{entry.weight.name!r} is of kind {entry.weight.kind!r}, whose inputs are not collected yet",
-                hint=f"give it a codec that needs no statistics: --set '{entry.weight.name}=int8:row'",
-            )
+def collect_into(
+    folder: Path,
+    job: Job,
+    reading: Reading,
+    *,
+    curvature: bool,
+    seed: int = 0,
+    spill_bytes: int = SPILL_BYTES,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> StatisticsFolder:
+    """Collect statistics into a folder, which is complete when this returns.
+
+    Raises:
+        CalibrationError: as ``collect``.
+    """
+    weights = tuple(entry.weight for entry in job.plan.entries)
+    skeleton = Skeleton.build(job.checkpoint, weights, trust_remote_code=trust_remote_code)
+    folder.mkdir(parents=True, exist_ok=True)
+    written: list[int] = []
+    outputs = _outputs(weights)
+
+    def sink(part: int, sums: Sums, extra: Any) -> None:
+        if not curvature:
+            guess_curvature(sums, part, len(skeleton.blocks), outputs)
+        write_part(folder, part, sums, extra)
+        written.append(part)
+
+    collect(
+        skeleton,
+        reading.tokens,
+        sink,
+        window=reading.window,
+        curvature=curvature,
+        seed=seed,
+        spill_bytes=spill_bytes,
+        folder=folder,
+        progress=progress,
+    )
+    origin = Origin(
+        source=job.checkpoint.name,
+        source_sha256=source_sha256(job.checkpoint),
+        seed=seed,
+        method="full" if curvature else "fast",
+        **reading.to_json(),
+    )
+    write_table(folder, origin, sorted(written))
+    return StatisticsFolder(folder)
 
 
-def _warn_if_short(tokens: int, needed: list[PlanEntry]) -> None:
-    widest = max(entry.weight.matrix_shape[1] for entry in needed)
-    if tokens < _TOKENS_PER_INPUT * widest:
+def _outputs(weights: Sequence[Weight]) -> dict[str, int]:
+    """Parameter → outputs of each of its matrices; parts of an expert's rows add up."""
+    found: dict[str, int] = {}
+    for weight in weights:
+        if weight.kind != "dense" and weight.tied_to is None and (weight.slot is None or weight.slot[0] == 0):
+            found[weight.parameter] = found.get(weight.parameter, 0) + weight.matrix_shape[0]
+    return found
+
+
+def warn_if_short(reading: Reading, weights: Sequence[Weight]) -> None:
+    """Warn where there are few tokens for the widest of the weights.
+
+    Raises:
+        CalibrationError: there are fewer than 2.
+    """
+    widest = max((weight.matrix_shape[1] for weight in weights), default=0)
+    found, wanted = reading.tokens.numel(), _TOKENS_PER_INPUT * widest
+    if found < 2:
+        raise CalibrationError(
+            f"the text {reading.text.name} has {found} token(s); {wanted} or more are advised for layers of {widest} "
+            "inputs",
+            hint="give a longer --calibration text",
+        )
+    if found < wanted:
         warnings.warn(
-            f"{tokens} calibration tokens for layers of {widest} inputs; "
-            f"{_TOKENS_PER_INPUT * widest} or more are advised",
-            stacklevel=3,
+            f"{found} calibration tokens for layers of {widest} inputs; {wanted} or more are advised", stacklevel=3
         )

@@ -6,21 +6,17 @@ Exit codes: 0 done; 1 a TenpakError, told in one line with a hint; 2 wrong usage
 from __future__ import annotations
 
 import json
-import math
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from tenpak.console import err, explain_dense, out, print_json, print_result, print_tensors, progress_bar
 from tenpak.errors import ArtifactError, CheckpointError, TenpakError
 
 __all__ = ["app", "main"]
@@ -33,12 +29,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-_err = Console(stderr=True, highlight=False)
-# What is piped is read by grep and its kin: a row stays on its line.
-_out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 1000)
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="model folder or Hugging Face id")]
 Artifact = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="folder that `tenpak compress` wrote")]
+Text = Annotated[
+    str | None, typer.Option("--calibration", help="text to calibrate on; default: the model's own, or sampled from it")
+]
+Tokens = Annotated[int, typer.Option("--calibration-tokens", min=2, help="read at most this many of its tokens")]
+Window = Annotated[
+    int | None, typer.Option("--calibration-window", min=1, help="tokens per window; default: the model's context")
+]
+Revision = Annotated[str | None, typer.Option(help="branch, tag or commit of the hub repository")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="let transformers run the model's own code")]
 Dtype = Annotated[str, typer.Option(help="dtype that models compute in: float32, bfloat16, float16 or auto")]
@@ -55,24 +56,29 @@ def compress(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="PATTERN=RECIPE", help="another codec for matching tensors")
     ] = None,
-    calibration: Annotated[
-        str | None, typer.Option(help="text for recipes that calibrate; default: the model's own, or sampled from it")
-    ] = None,
-    calibration_tokens: Annotated[int, typer.Option(min=2, help="read at most this many of its tokens")] = 131_072,
+    calibration: Text = None,
+    calibration_tokens: Tokens = 131_072,
+    window: Window = None,
+    statistics: Annotated[Path | None, typer.Option(help="folder that `tenpak calibrate` wrote for this model")] = None,
+    propagation: Annotated[
+        Literal["original", "own", "none"],
+        typer.Option(metavar="HOW", help="correct later blocks towards the original, own outputs, or none"),
+    ] = "original",
+    work: Annotated[Path | None, typer.Option(help="folder for finished tensors; default: beside -o")] = None,
     evaluation: Annotated[
         str | None, typer.Option(help="text to measure on: file, folder, dataset id, or none")
     ] = None,
     seed: Annotated[int, typer.Option(help="for codecs that draw random numbers")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the artifact at -o")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only predict bytes, memory, disk and time")] = False,
-    revision: Annotated[str | None, typer.Option(help="branch, tag or commit of the hub repository")] = None,
+    revision: Revision = None,
     trust_remote_code: Remote = False,
     as_json: Json = False,
 ) -> None:
     """Compress MODEL into an artifact and, given a text, measure what that cost."""
     from tenpak.pipeline import compress as run
     from tenpak.prediction import predict
-    from tenpak.report.rows import prediction_rows, report_rows
+    from tenpak.report.rows import prediction_rows
 
     _quiet()
     options: dict[str, Any] = {
@@ -83,28 +89,40 @@ def compress(
     }
     if dry_run:
         prediction = predict(model, **options)
-        _print(prediction.to_json(), as_json, prediction_rows(prediction.to_json()), "would write")
+        print_result(prediction.to_json(), as_json, prediction_rows(prediction.to_json()), "would write")
         return
     if out is None:
         raise typer.BadParameter("give -o OUT, the folder to write (or --dry-run)")
     text = _evaluation_text(model, revision, evaluation)
-    with _progress("weights") as update:
+    with progress_bar("weights") as update:
         report = run(
             model,
             out,
             calibration=calibration,
             calibration_tokens=calibration_tokens,
+            calibration_window=window,
+            statistics=statistics,
+            propagation=propagation,
+            work=work,
             evaluation=text,
             seed=seed,
             overwrite=overwrite,
             progress=update,
             **options,
         )
-    _print(report.to_json(), as_json, report_rows(report.to_json()), str(out))
+    _show_report(report.to_json(), as_json, unmeasured=text is None and evaluation is None)
+
+
+def _show_report(report: dict[str, Any], as_json: bool, *, unmeasured: bool) -> None:
+    from tenpak.report.rows import report_rows
+
+    print_result(report, as_json, report_rows(report), report["artifact"])
+    if report["reused"]:
+        err.print(f"[dim]went on from an earlier run: {report['reused']} finished tensors were not encoded again[/dim]")
     if not as_json:
-        _explain_dense(report.to_json()["dense"])
-    if text is None and evaluation is None:
-        _err.print("[dim]quality not measured; give --evaluation TEXT, or run `tenpak evaluate`[/dim]")
+        explain_dense(report["dense"])
+    if unmeasured:
+        err.print("[dim]quality not measured; give --evaluation TEXT, or run `tenpak evaluate`[/dim]")
 
 
 def _evaluation_text(model: str, revision: str | None, given: str | None) -> str | None:
@@ -119,8 +137,72 @@ def _evaluation_text(model: str, revision: str | None, given: str | None) -> str
 
 
 @app.command()
+def calibrate(
+    model: Model,
+    out_folder: Annotated[Path, typer.Option("-o", "--out", help="folder to write")],
+    calibration: Text = None,
+    tokens: Tokens = 131_072,
+    window: Window = None,
+    fast: Annotated[bool, typer.Option("--fast", help="forward only; guess the curvature from names")] = False,
+    seed: Annotated[int, typer.Option(help="of the labels drawn for the curvature")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the statistics at -o")] = False,
+    revision: Revision = None,
+    trust_remote_code: Remote = False,
+    as_json: Json = False,
+) -> None:
+    """Collect the statistics of MODEL on a text, for `tenpak compress --statistics`."""
+    from tenpak.calibrating import calibrate as run
+    from tenpak.report.rows import statistics_json, statistics_rows
+
+    _quiet()
+    with progress_bar("tokens") as update:
+        found = run(
+            model,
+            out_folder,
+            calibration=calibration,
+            tokens=tokens,
+            window=window,
+            fast=fast,
+            seed=seed,
+            overwrite=overwrite,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            progress=lambda done, total: update("calibrating", done, total),
+        )
+    content = statistics_json(found)
+    print_result(content, as_json, statistics_rows(content), str(out_folder))
+
+
+@app.command()
+def merge(
+    statistics: Annotated[list[Path], typer.Argument(metavar="STATISTICS...", help="folders of `tenpak calibrate`")],
+    out_folder: Annotated[Path, typer.Option("-o", "--out", help="folder to write")],
+    as_json: Json = False,
+) -> None:
+    """Merge statistics of several texts, or of shards of one."""
+    from tenpak.calibration.statistics import StatisticsFolder
+    from tenpak.calibration.statistics import merge as run
+    from tenpak.report.rows import statistics_json, statistics_rows
+
+    run(statistics, out_folder)
+    content = statistics_json(StatisticsFolder(out_folder))
+    print_result(content, as_json, statistics_rows(content), str(out_folder))
+
+
+@app.command()
 def inspect(artifact: Artifact, as_json: Json = False) -> None:
-    """Say what an artifact holds: sizes, codecs, what is dense and why, quality where it was measured."""
+    """Say what an artifact holds: sizes, codecs, what is dense and why, measured quality; or what statistics hold."""
+    from tenpak.calibration.statistics import FILE_NAME, StatisticsFolder
+    from tenpak.report.rows import statistics_json, statistics_rows
+
+    if (artifact / FILE_NAME).is_file():
+        content = statistics_json(StatisticsFolder(artifact))
+        print_result(content, as_json, statistics_rows(content), str(artifact))
+        return
+    _inspect_artifact(artifact, as_json)
+
+
+def _inspect_artifact(artifact: Path, as_json: bool) -> None:
     from tenpak.artifact.reader import open_artifact
     from tenpak.report.report import measured
     from tenpak.report.rows import report_rows
@@ -128,15 +210,11 @@ def inspect(artifact: Artifact, as_json: Json = False) -> None:
     report = measured(artifact).to_json()
     manifest = open_artifact(artifact).manifest
     weights = {name: {"shape": list(e.shape), "codec": e.codec, "bits": e.bits} for name, e in manifest.weights.items()}
-    _print({**report, "weights": weights, "tied": manifest.tied}, as_json, report_rows(report), str(artifact))
+    print_result({**report, "weights": weights, "tied": manifest.tied}, as_json, report_rows(report), str(artifact))
     if as_json:
         return
-    table = Table("tensor", "shape", "codec", "bits per weight", box=None, header_style="dim")
-    for name, entry in manifest.weights.items():
-        rate = f"{entry.bits / math.prod(entry.shape):.3f}"
-        table.add_row(name, "×".join(map(str, entry.shape)), _codec_name(entry.codec), rate)
-    _out.print(table)
-    _explain_dense(report["dense"])
+    print_tensors(manifest.weights)
+    explain_dense(report["dense"])
 
 
 @app.command()
@@ -146,13 +224,13 @@ def verify(artifact: Artifact, as_json: Json = False) -> None:
 
     result = run(artifact)
     if as_json:
-        _out.print_json(json.dumps({"ok": result.ok, "tensors": result.tensors, "problems": list(result.problems)}))
+        out.print_json(json.dumps({"ok": result.ok, "tensors": result.tensors, "problems": list(result.problems)}))
     elif result.ok:
-        _out.print(f"intact: {result.tensors} tensors, {result.bytes:,} bytes of weight files")
+        out.print(f"intact: {result.tensors} tensors, {result.bytes:,} bytes of weight files")
     for problem in result.problems:
-        _err.print(f"error: {problem}", soft_wrap=True, markup=False)
+        err.print(f"error: {problem}", soft_wrap=True, markup=False)
     if not result.ok:
-        _err.print("hint: obtain the artifact again, or compress the model again", soft_wrap=True)
+        err.print("hint: obtain the artifact again, or compress the model again", soft_wrap=True)
         raise typer.Exit(1)
 
 
@@ -174,7 +252,7 @@ def evaluate(
     from tenpak.report.rows import quality_rows
 
     _quiet()
-    with _progress("tokens") as update:
+    with progress_bar("tokens") as update:
         result = run(
             artifact,
             against=against,
@@ -188,7 +266,7 @@ def evaluate(
         ).to_json()
     if memory:
         result["memory"] = _memory(artifact, against, dtype)
-    _print(result, as_json, quality_rows(result), str(artifact))
+    print_result(result, as_json, quality_rows(result), str(artifact))
 
 
 @app.command()
@@ -218,9 +296,9 @@ def generate(
         trust_remote_code=trust_remote_code,
     )
     if as_json:
-        _out.print_json(json.dumps({"prompt": prompt, "continuation": continuation}))
+        out.print_json(json.dumps({"prompt": prompt, "continuation": continuation}))
     else:
-        _out.print(prompt + continuation, soft_wrap=True, markup=False)
+        out.print(prompt + continuation, soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -232,13 +310,13 @@ def recipes(as_json: Json = False) -> None:
         listed = {
             name: {"recipe": preset.recipe, "description": preset.description} for name, preset in PRESETS.items()
         }
-        _out.print_json(json.dumps(listed))
+        print_json(listed)
         return
     table = Table("preset", "recipe", "", box=None, header_style="dim")
     for name, preset in PRESETS.items():
         table.add_row(name, preset.recipe, preset.description)
-    _out.print(table)
-    _out.print(
+    out.print(table)
+    out.print(
         "A recipe is also written by hand: int4:g32, int8:row, int3:g64:search, nf4:g64, int4:g16+int2:g16, dense"
     )
 
@@ -263,13 +341,13 @@ def main() -> None:
         _fail(str(error), getattr(error, "hint", None) or _hint(error))
         sys.exit(1)
     except _Interrupted as error:
-        _fail("interrupted", "what was not complete has been removed; run the command again")
+        _fail("interrupted", "no half-written output is left; run the same command again to go on")
         sys.exit(128 + error.args[0])
 
 
 def _fail(message: str, hint: str) -> None:
-    _err.print(f"error: {message}", soft_wrap=True, markup=False)
-    _err.print(f"hint: {hint}", soft_wrap=True, markup=False)
+    err.print(f"error: {message}", soft_wrap=True, markup=False)
+    err.print(f"hint: {hint}", soft_wrap=True, markup=False)
 
 
 def _hint(error: Exception) -> str:
@@ -286,7 +364,7 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 
 
 def _warn(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any) -> None:
-    _err.print(f"warning: {message}", soft_wrap=True, markup=False)
+    err.print(f"warning: {message}", soft_wrap=True, markup=False)
 
 
 def _known_device(name: str) -> str:
@@ -307,45 +385,6 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
-@contextmanager
-def _progress(unit: str) -> Iterator[Any]:
-    """A bar on stderr with rate and time left; yields ``update(what, done, total)``."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(show_speed=True),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as progress:
-        task = progress.add_task("starting", total=None, rate="")
-
-        def update(what: str, done: int, total: int) -> None:
-            speed = progress.tasks[0].speed
-            rate = f"{speed:,.0f} {unit}/s" if speed else ""
-            progress.update(task, description=what[-48:] or "measuring", completed=done, total=total, rate=rate)
-
-        yield update
-
-
-def _print(data: dict[str, Any], as_json: bool, rows: list[tuple[str, str]], title: str) -> None:
-    if as_json:
-        _out.print_json(json.dumps(data))
-        return
-    table = Table(title=title, title_justify="left", box=None, show_header=False, padding=(0, 2, 0, 0))
-    for name, value in rows:
-        table.add_row(name, value)
-    _out.print(table)
-
-
-def _explain_dense(dense: dict[str, dict[str, Any]]) -> None:
-    reasons: dict[str, list[str]] = {}
-    for name, entry in dense.items():
-        reasons.setdefault(entry["reason"], []).append(name)
-    for reason, names in reasons.items():
-        _out.print(f"left dense: {len(names)} × {reason}, such as {names[0]}", soft_wrap=True, markup=False)
-
-
 def _memory(artifact: Path, against: str, dtype: str) -> dict[str, Any]:
     from tenpak.evaluation.memory import measure_memory
 
@@ -355,10 +394,3 @@ def _memory(artifact: Path, against: str, dtype: str) -> dict[str, Any]:
         "runtime speed": measure_memory(artifact, runtime="speed", dtype=dtype),
     }
     return {name: memory.to_json() for name, memory in found.items()}
-
-
-def _codec_name(config: dict[str, Any]) -> str:
-    from tenpak.codecs import registry
-    from tenpak.recipes import format
-
-    return format(registry.from_json(config))

@@ -1,110 +1,127 @@
-"""Encoding a plan: every tensor read, hashed and encoded once, several at a time, handed out in order.
+"""Encoding tensors: from the checkpoint, with what calibration knows of them, to payloads.
 
-Parallelism is over tensors, one thread each: the bytes cannot depend on the number of workers, and threads need not
-wait for each other at every operation, which costs most where other programs use the same cores.
+Several tensors at a time, one thread each: see ``kernels.parallel``. Each finished tensor is kept as a unit of work.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from tenpak.allocation.plan import Plan, PlanEntry, is_parameter
+from tenpak.allocation.plan import PlanEntry
 from tenpak.checkpoint.source import Checkpoint, tensor_sha256
 from tenpak.checkpoint.structure import Weight
 from tenpak.codecs.base import Codec, Payload, Statistics
+from tenpak.codecs.rounding.correction import corrected
 from tenpak.errors import CalibrationError, CodecError
+from tenpak.kernels.parallel import ordered_map
+from tenpak.work import Unit, Work
 
-__all__ = ["Encoded", "encode_plan", "encode_tensor", "worker_count"]
+__all__ = ["Lookup", "Numbered", "decode_tensor", "encode_entries", "encode_tensor", "encode_unit", "require_finite"]
 
-# Each worker holds a tensor and its payload; more of them would rarely be faster and always be larger.
-_MAX_WORKERS = 4
+Lookup = Callable[[Weight], Sequence[Statistics | None]]
+"""Gives the statistics of a tensor's matrices."""
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """One tensor of the plan, encoded.
+class Numbered:
+    """An entry of the plan that is encoded, and its place in the plan."""
 
-    Attributes:
-        entry: what the plan says.
-        sha256: of the source tensor's bytes.
-        payloads: one per matrix; empty for a tensor that is not compressed.
-        dense: the tensor as it was, where it stays dense; None as well for the copy of a tied weight, which is dropped.
-    """
-
+    number: int
     entry: PlanEntry
-    sha256: str
-    payloads: tuple[Payload, ...] = ()
-    dense: Tensor | None = None
 
 
-def worker_count() -> int:
-    """How many tensors are encoded at a time: torch's threads, at most four."""
-    return min(torch.get_num_threads(), _MAX_WORKERS)
+def encode_entries(
+    checkpoint: Checkpoint,
+    entries: Iterable[Numbered],
+    work: Work,
+    statistics: Lookup | None = None,
+    done: Callable[[Weight], None] | None = None,
+) -> None:
+    """Encode tensors of a plan that are not finished yet, and keep them.
 
-
-def encode_plan(
-    checkpoint: Checkpoint, plan: Plan, statistics: Mapping[str, Statistics] = MappingProxyType({})
-) -> Iterator[Encoded]:
-    """Encode the tensors of a plan, in its order; ``statistics`` are by tensor name.
+    Args:
+        checkpoint: the source.
+        entries: entries with a codec.
+        work: where finished tensors are, and go.
+        statistics: of tensors whose codec needs them.
+        done: called after each tensor, in order.
 
     Raises:
         CheckpointError: a tensor cannot be read.
         CodecError, CalibrationError: a weight cannot be encoded; names it.
+        ArtifactError: the work folder cannot be written.
     """
-    entries = iter(plan.entries)
-    pending: deque[Future[Encoded]] = deque()
-    with ThreadPoolExecutor(worker_count(), initializer=_use_one_thread) as pool:
 
-        def submit(entry: PlanEntry) -> Future[Encoded]:
-            return pool.submit(_encode, checkpoint, entry, statistics.get(entry.weight.name))
+    def encode(item: Numbered) -> tuple[Numbered, bool]:
+        weight, codec = item.entry.weight, item.entry.codec
+        assert codec is not None  # dense entries are not encoded
+        if work.has(item.number, weight.name):
+            return item, True
+        found = statistics(weight) if statistics is not None and codec.needs_statistics else None
+        work.put(item.number, weight.name, encode_unit(codec, weight, checkpoint.read(weight.name), found))
+        return item, False
 
-        try:
-            pending.extend(submit(entry) for entry in islice(entries, worker_count()))
-            while pending:
-                encoded = pending.popleft().result()
-                pending.extend(submit(entry) for entry in islice(entries, 1))
-                yield encoded
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    for item, reused in ordered_map(encode, entries):
+        if reused:
+            work.reused.append(item.entry.weight.name)
+        if done is not None:
+            done(item.entry.weight)
+
+
+def encode_unit(
+    codec: Codec, weight: Weight, tensor: Tensor, statistics: Sequence[Statistics | None] | None = None
+) -> Unit:
+    """A tensor encoded (``encode_tensor``), with what an artifact says of it."""
+    payloads = encode_tensor(codec, weight, tensor, statistics)
+    counts = tuple(known.count or 0 if known is not None else 0 for known in statistics or ())
+    return Unit(payloads, tensor_sha256(tensor), counts)
 
 
 def encode_tensor(
-    codec: Codec, weight: Weight, tensor: Tensor, statistics: Statistics | None = None
+    codec: Codec, weight: Weight, tensor: Tensor, statistics: Sequence[Statistics | None] | None = None
 ) -> tuple[Payload, ...]:
-    """One payload per matrix of a tensor as the checkpoint stores it; ``statistics`` are those of its inputs.
+    """One payload per matrix of a tensor as the checkpoint stores it.
+
+    Args:
+        codec: what encodes it.
+        weight: what it is.
+        tensor: its values, in their stored shape.
+        statistics: of its matrices; a matrix of which nothing is known takes those of unit inputs, which is to say
+            that it is rounded without data.
 
     Raises:
         CodecError, CalibrationError: of the codec's own kind, naming the tensor.
     """
     matrices = tensor.unbind(0) if tensor.ndim == 3 else (tensor,)
+    found = statistics if statistics is not None else [None] * len(matrices)
+    payloads = []
     try:
-        return tuple(codec.encode(matrix.T if weight.transposed else matrix, statistics) for matrix in matrices)
+        for matrix, known in zip(matrices, found, strict=True):
+            target = matrix.T if weight.transposed else matrix
+            if statistics is not None and (known is None or known.hessian is None):
+                known = _unit(target.shape[1])
+            elif known is not None:
+                target = corrected(target, known)
+            payloads.append(codec.encode(target, known))
     except (CodecError, CalibrationError) as error:
         raise type(error)(f"{weight.name}: {error}", hint=error.hint) from error
+    return tuple(payloads)
 
 
-def _encode(checkpoint: Checkpoint, entry: PlanEntry, statistics: Statistics | None) -> Encoded:
-    weight = entry.weight
-    tensor = checkpoint.read(weight.name)
-    sha256 = tensor_sha256(tensor)
-    if weight.tied_to is not None:
-        return Encoded(entry, sha256)
-    if entry.codec is not None:
-        return Encoded(entry, sha256, encode_tensor(entry.codec, weight, tensor, statistics))
-    if is_parameter(weight):  # masks and unused tensors may hold what they like
-        _require_finite(weight.name, tensor)
-    return Encoded(entry, sha256, dense=tensor)
+def decode_tensor(codec: Codec, weight: Weight, payloads: Sequence[Payload]) -> Tensor:
+    """The tensor that payloads stand for, FP32, in the shape in which the checkpoint stores it."""
+    matrices = [codec.decode(payload) for payload in payloads]
+    if weight.transposed:
+        matrices = [matrix.T for matrix in matrices]
+    return torch.stack(matrices).reshape(weight.shape)
 
 
-def _require_finite(name: str, tensor: Tensor) -> None:
+def require_finite(name: str, tensor: Tensor) -> None:
+    """Raise CodecError where a tensor that stays dense holds NaN or infinity."""
     if tensor.is_floating_point() and tensor.numel() and not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
         raise CodecError(
             f"{name}: the weight holds NaN or infinite values",
@@ -112,5 +129,7 @@ def _require_finite(name: str, tensor: Tensor) -> None:
         )
 
 
-def _use_one_thread() -> None:
-    torch.set_num_threads(1)
+def _unit(columns: int) -> Statistics:
+    """Statistics of inputs of which nothing is known."""
+    ones = torch.ones(columns)
+    return Statistics(count=0, hessian=torch.eye(columns), mean=torch.zeros(columns), mean_abs=ones)

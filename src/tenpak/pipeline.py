@@ -6,19 +6,23 @@ written.
 
 from __future__ import annotations
 
-import hashlib
+import glob
 import json
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tenpak.allocation.plan import is_parameter
+from tenpak.artifact.leftovers import remove_unused
 from tenpak.artifact.schema import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -35,18 +39,18 @@ from tenpak.artifact.writer import (
     check_output,
     replace_file,
 )
-from tenpak.calibrate import DEFAULT_TOKENS, Calibration, calibrate, text_sha256
-from tenpak.checkpoint.source import Checkpoint
-from tenpak.encoding import encode_plan
-from tenpak.errors import CalibrationError, EvaluationError
+from tenpak.calibrating import DEFAULT_TOKENS
+from tenpak.calibration.choice import Text
+from tenpak.checkpoint.source import Checkpoint, fingerprint, source_sha256, tensor_sha256
+from tenpak.encoding import require_finite
+from tenpak.errors import ArtifactError, CalibrationError, CheckpointError, CodecError, EvaluationError
 from tenpak.job import Job, open_job
 from tenpak.report.card import model_card
 from tenpak.report.report import Report, measured
+from tenpak.task import Progress, Propagation, Task, coverage, encode_all, prepare
+from tenpak.work import Work, default_work
 
 __all__ = ["Progress", "compress"]
-
-# (tensor that comes next, weights done so far, weights in all)
-Progress = Callable[[str, int, int], None]
 
 # Files of a model folder that an artifact keeps as they are: tokenizer, chat template, generation config, licence.
 _KEPT_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
@@ -60,6 +64,10 @@ def compress(
     overrides: Sequence[str] = (),
     calibration: str | Path | None = None,
     calibration_tokens: int = DEFAULT_TOKENS,
+    calibration_window: int | None = None,
+    statistics: str | Path | None = None,
+    propagation: Propagation = "original",
+    work: str | Path | None = None,
     evaluation: str | Path | None = None,
     seed: int = 0,
     overwrite: bool = False,
@@ -78,6 +86,14 @@ def compress(
         calibration: text (file, folder or dataset id) for codecs that need statistics; None takes the model's own text
             (``texts/calibration.txt`` in its folder) or samples one from it. Never the evaluation text.
         calibration_tokens: read at most this many of its tokens.
+        calibration_window: tokens per window, by default the model's context (at most 4096).
+        statistics: folder that ``calibrate`` wrote for this model. With ``calibration`` as well, the same text, blocks
+            see the compression of those before them; without it, only these statistics are used.
+        propagation: what a block's rounding knows of the compression of those before it: ``"original"`` corrects its
+            target towards the original model's outputs, ``"own"`` only looks at the inputs that it will get,
+            ``"none"`` uses the statistics of the original model.
+        work: folder for finished tensors, from which a run that was stopped goes on; beside ``out`` by default, and
+            removed when the artifact is complete.
         evaluation: text (file, folder or dataset id) to measure on; None leaves the artifact unmeasured.
         seed: recorded, and used by codecs that draw random numbers.
         overwrite: replace an artifact at ``out``.
@@ -94,7 +110,7 @@ def compress(
         CheckpointError: the source cannot be read or is not a decoder-only language model.
         CalibrationError: a text cannot be used, or is given for both purposes; nothing is written.
         CodecError: a weight cannot be encoded; names it.
-        OutputExistsError, ArtifactError: the output cannot be written; nothing is left behind.
+        OutputExistsError, ArtifactError: the output cannot be written, or ``work`` belongs to another run.
         EvaluationError: the text or the tokenizer is of no use, or the artifact is written but measuring it failed.
     """
     out = Path(out)
@@ -103,20 +119,27 @@ def compress(
     if evaluation is not None:
         _check_text(job, evaluation, trust_remote_code)
     started = time.perf_counter()
-    calibrated = calibrate(
+    task = prepare(
         job,
         calibration,
         tokens=calibration_tokens,
+        window=calibration_window,
+        statistics=statistics,
+        propagation=propagation,
+        seed=seed,
         trust_remote_code=trust_remote_code,
-        progress=None if progress is None else lambda done, total: progress("calibrating", done, total),
     )
     if evaluation is not None:
-        _require_other_text(calibrated, evaluation)
-    with ArtifactWriter(out, overwrite=overwrite, max_shard_bytes=max_shard_bytes) as writer:
-        hashes = _encode(writer, job, calibrated, progress)
-        manifest = _manifest(job, hashes, calibrated, seed)
-        writer.publish(manifest, _config(job), copied=_kept_files(job.checkpoint))
-    report = measured(out, job.checkpoint.bytes, seconds=time.perf_counter() - started)
+        _require_other_text(task, evaluation)
+    run = _run(task)
+    with Work(Path(work) if work is not None else default_work(out, run), run) as units, _kept(units):
+        encode_all(task, units, progress)
+        with ArtifactWriter(out, overwrite=overwrite, max_shard_bytes=max_shard_bytes) as writer:
+            manifest = _manifest(task, _store(writer, job, units), coverage(job, units))
+            writer.publish(manifest, _config(job), copied=_kept_files(job.checkpoint))
+        units.remove()
+    remove_unused(out.parent, f".{glob.escape(out.name)}.work-*")  # of runs that were to make another artifact here
+    report = measured(out, job.checkpoint.bytes, seconds=time.perf_counter() - started, reused=len(units.reused))
     licence = _licence(job.checkpoint)
     _record(out, report, licence)  # measuring may fail or be interrupted
     if evaluation is None:
@@ -124,49 +147,84 @@ def compress(
     return _record(out, report.with_quality(_evaluate(out, job, evaluation, trust_remote_code)), licence)
 
 
-def _encode(writer: ArtifactWriter, job: Job, calibrated: Calibration, progress: Progress | None) -> dict[str, str]:
+def _run(task: Task) -> dict[str, Any]:
+    """What the bytes of the artifact depend on: a run of anything else cannot go on with its work."""
+    job = task.job
+    return {
+        "source": fingerprint(job.checkpoint),
+        "recipe": job.recipe,
+        "overrides": list(job.overrides),
+        "calibration": task.to_json(),
+        "statistics": None if task.statistics is None else asdict(task.statistics.origin),
+        "seed": task.seed,
+        "versions": {"tenpak": version("tenpak"), **_versions()},
+    }
+
+
+@contextmanager
+def _kept(work: Work) -> Iterator[None]:
+    """Keep the finished work of a run that is stopped; not that of one which could only fail again."""
+    try:
+        yield
+    except BaseException as error:
+        if work.empty or isinstance(error, CodecError | CheckpointError):
+            work.remove()
+        raise
+
+
+def _store(writer: ArtifactWriter, job: Job, work: Work) -> dict[str, str]:
     """Store every tensor of the plan; returns the hashes of the source's tensors."""
     hashes: dict[str, str] = {}
-    done, total = 0, sum(entry.weight.numel for entry in job.plan.entries)
-    for encoded in encode_plan(job.checkpoint, job.plan, calibrated.statistics):
-        weight = encoded.entry.weight
-        if progress:
-            progress(weight.name, done, total)
-        hashes[weight.name] = encoded.sha256
-        if encoded.payloads:
+    for number, entry in enumerate(job.plan.entries):
+        weight = entry.weight
+        if entry.codec is not None and weight.tied_to is None:
+            unit = work.get(number, weight.name)
+            if unit is None:
+                raise ArtifactError(
+                    f"the finished tensor {weight.name!r} is gone from {work.folder}", hint="run the command again"
+                )
+            hashes[weight.name] = unit.source_sha256
             writer.add_weight(
-                weight.name, encoded.payloads, shape=weight.shape, dtype=weight.dtype, transposed=weight.transposed
+                weight.name, unit.payloads, shape=weight.shape, dtype=weight.dtype, transposed=weight.transposed
             )
-        elif encoded.dense is not None:
-            writer.add_dense(weight.name, encoded.dense, encoded.entry.reason)
-        done += weight.numel
-    if progress:
-        progress("", done, total)
+            continue
+        tensor = job.checkpoint.read(weight.name)
+        hashes[weight.name] = tensor_sha256(tensor)
+        if weight.tied_to is None:
+            if is_parameter(weight):  # masks and unused tensors may hold what they like
+                require_finite(weight.name, tensor)
+            writer.add_dense(weight.name, tensor, entry.reason)
     return hashes
 
 
-def _manifest(job: Job, hashes: Mapping[str, str], calibrated: Calibration, seed: int) -> Manifest:
-    tensors = job.checkpoint.tensors
-    lines = (f"{n} {tensors[n].dtype} {list(tensors[n].shape)} {hashes[n]}\n" for n in sorted(hashes))
+def _manifest(task: Task, hashes: Mapping[str, str], experts: Mapping[str, list[int]]) -> Manifest:
+    job = task.job
+    calibration = task.to_json()
+    if calibration is not None and experts:
+        calibration["experts"] = dict(experts)
     return Manifest(
         format_version=FORMAT_VERSION,
         tenpak_version=version("tenpak"),
-        versions={name: version(name) for name in ("torch", "transformers", "numpy", "safetensors")},
+        versions=_versions(),
         source=Source(
             name=job.checkpoint.name,
-            sha256=hashlib.sha256("".join(lines).encode()).hexdigest(),
+            sha256=source_sha256(job.checkpoint, hashes),
             bytes=job.checkpoint.bytes,
             parameters=job.plan.parameters,
         ),
         recipe=job.recipe,
         overrides=job.overrides,
-        seed=seed,
-        calibration=calibrated.to_json(),
+        seed=task.seed,
+        calibration=calibration,
         weights={},
         dense={},
         tied={e.weight.name: e.weight.tied_to for e in job.plan.entries if e.weight.tied_to is not None},
         files={},
     )
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "transformers", "numpy", "safetensors")}
 
 
 def _config(job: Job) -> dict[str, Any]:
@@ -207,13 +265,14 @@ def _licence(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def _require_other_text(calibrated: Calibration, evaluation: str | Path) -> None:
+def _require_other_text(task: Task, evaluation: str | Path) -> None:
     """A quality measured on the text that was calibrated on would flatter."""
     from tenpak.calibration.text import load_text
 
-    if calibrated.statistics and text_sha256(load_text(evaluation)) == calibrated.text_sha256:
+    if task.texts and Text(str(evaluation), load_text(evaluation)).sha256 in task.texts:
         raise CalibrationError(
-            f"calibration and evaluation text are the same ({calibrated.text})", hint="give another --evaluation text"
+            f"calibration and evaluation text are the same ({Path(evaluation).name})",
+            hint="give another --evaluation text",
         )
 
 

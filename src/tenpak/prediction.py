@@ -17,8 +17,8 @@ from tenpak.artifact.sizes import Sizes
 from tenpak.artifact.writer import MAX_SHARD_BYTES, predicted_bytes
 from tenpak.checkpoint.header import DTYPE_BYTES
 from tenpak.checkpoint.source import tensor_sha256
-from tenpak.encoding import worker_count
 from tenpak.job import open_job
+from tenpak.kernels.parallel import worker_count
 
 __all__ = ["Prediction", "predict"]
 

@@ -9,6 +9,7 @@ known after it; so while a shard is closed the disk holds it twice.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ from typing import Any, BinaryIO, Self
 from torch import Tensor
 
 from tenpak.artifact.blob import join, layouts
+from tenpak.artifact.leftovers import locked, remove_unused
 from tenpak.artifact.schema import (
     CODES_SUFFIX,
     FORMAT_VERSION,
@@ -82,13 +84,16 @@ class ArtifactWriter:
         self.weights: dict[str, WeightEntry] = {}
         self.dense: dict[str, DenseEntry] = {}
         self._shards: list[list[_Stored]] = [[]]
+        self._lock = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         check_output(self.out, overwrite=self.overwrite)
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
+            remove_unused(self.out.parent, f".{glob.escape(self.out.name)}.partial-*")
             self._folder = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.partial-", dir=self.out.parent))
             try:
+                self._lock.enter_context(locked(self._folder))
                 self._spool: BinaryIO = (self._folder / "spool").open("w+b")
             except BaseException:
                 shutil.rmtree(self._folder, ignore_errors=True)
@@ -103,6 +108,7 @@ class ArtifactWriter:
         with contextlib.suppress(OSError):  # closing flushes, which fails again on a full disk
             self._spool.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+        self._lock.close()
         if isinstance(error, OSError) and not isinstance(error, TenpakError):
             raise _unwritable(self.out, error) from error
 

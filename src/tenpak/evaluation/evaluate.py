@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tenpak.artifact.reader import open_artifact
 from tenpak.artifact.sizes import Sizes
-from tenpak.calibration.text import load_text, sample_text, tokenize
+from tenpak.calibration.choice import Text, choose_text
+from tenpak.calibration.text import sample_text, tokenize
 from tenpak.checkpoint.source import open_checkpoint
 from tenpak.errors import EvaluationError
 from tenpak.evaluation.fidelity import Fidelity, fidelity
@@ -102,23 +102,21 @@ def evaluate(
     original = load_original(against, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     compressed = load(artifact, runtime=runtime, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
-    default = checkpoint.folder / DEFAULT_TEXT
-    if text is None and default.is_file():
-        text = default
-    if text is None:
+
+    def sample() -> Text:
         content = sample_text(original, tokenizer, tokens=_SAMPLED_TOKENS, seed=_SAMPLED_SEED)
-        name = f"sampled from the original, seed {_SAMPLED_SEED}"
-    else:
-        content, name = load_text(text), Path(text).name if Path(text).exists() else str(text)
-    tokens = tokenize(tokenizer, content, vocab_size=original.config.get_text_config().vocab_size)
+        return Text(f"sampled from the original, seed {_SAMPLED_SEED}", content)
+
+    chosen = choose_text(text, checkpoint.folder / DEFAULT_TEXT, sample)
+    tokens = tokenize(tokenizer, chosen.content, vocab_size=original.config.get_text_config().vocab_size)
     found = fidelity(original, compressed, tokens, window=window, stride=stride, progress=progress)
     return Evaluation(
         bytes=sizes.bytes,
         checkpoint_bytes=checkpoint.bytes,
         parameters=sizes.manifest.source.parameters,
         fidelity=found,
-        text=name,
-        text_sha256=hashlib.sha256(content.encode()).hexdigest(),
+        text=chosen.name,
+        text_sha256=chosen.sha256,
     )
 
 

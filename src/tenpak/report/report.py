@@ -36,6 +36,8 @@ class Report(Sizes):
         codecs: codec id → bytes.
         dense: tensor → bytes and reason.
         seconds: to encode and write.
+        reused: tensors that an earlier run had finished.
+        calibration: what the codecs were calibrated on, or None.
         quality: what ``tenpak evaluate`` measured, or None.
     """
 
@@ -52,6 +54,8 @@ class Report(Sizes):
     dense: Mapping[str, Mapping[str, Any]]
     seconds: float | None = None
     quality: Mapping[str, Any] | None = None
+    reused: int = 0
+    calibration: Mapping[str, Any] | None = None
 
     def with_quality(self, quality: Mapping[str, Any] | None) -> Report:
         """The same report with a measured quality."""
@@ -74,11 +78,15 @@ class Report(Sizes):
             "codecs": dict(self.codecs),
             "dense": {name: dict(entry) for name, entry in self.dense.items()},
             "seconds": self.seconds,
+            "reused": self.reused,
+            "calibration": None if self.calibration is None else dict(self.calibration),
             "quality": None if self.quality is None else dict(self.quality),
         }
 
 
-def measured(folder: str | Path, checkpoint_bytes: int | None = None, *, seconds: float | None = None) -> Report:
+def measured(
+    folder: str | Path, checkpoint_bytes: int | None = None, *, seconds: float | None = None, reused: int = 0
+) -> Report:
     """The report of an artifact on disk. Raises as ``open_artifact`` does."""
     artifact = open_artifact(folder)
     manifest = artifact.manifest
@@ -102,4 +110,6 @@ def measured(folder: str | Path, checkpoint_bytes: int | None = None, *, seconds
         },
         seconds=seconds,
         quality=manifest.quality,
+        reused=reused,
+        calibration=manifest.calibration,
     )

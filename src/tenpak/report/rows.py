@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
+from tenpak.calibration.statistics import StatisticsFolder
 from tenpak.report.card import plus_minus, size
 
-__all__ = ["prediction_rows", "quality_rows", "report_rows"]
+__all__ = ["prediction_rows", "quality_rows", "report_rows", "statistics_json", "statistics_rows"]
 
 
 def report_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
@@ -18,6 +20,13 @@ def report_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("smaller than FP32", f"{report['ratio_fp32']:.2f}×"),
         ("smaller than the checkpoint", f"{report['ratio_checkpoint']:.2f}×"),
     ]
+    if report["calibration"] is not None:
+        read = report["calibration"]
+        rows.append(("calibrated on", f"{read['text']}: {read['tokens']:,} tokens, propagation {read['propagation']}"))
+        experts = read.get("experts", {})
+        if experts:
+            fewest = min(min(counts) for counts in experts.values())
+            rows.append(("experts", f"{len(experts)} tensors; the least fed expert saw {fewest} tokens"))
     if report["seconds"] is not None:
         rows.append(("time", f"{report['seconds']:.1f} s"))
     return rows + (quality_rows(report["quality"])[3:] if report["quality"] else [])
@@ -45,6 +54,35 @@ def quality_rows(quality: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(
             (f"resident, {name}", f"{(found['after_forward'] - found['baseline']) / 1e6:.1f} MB after a forward pass")
         )
+    return rows
+
+
+def statistics_json(found: StatisticsFolder) -> dict[str, Any]:
+    """What a folder of statistics holds."""
+    counts = found.counts()
+    experts = {name: c for name, c in counts.items() if len(c) > 1}
+    return {
+        **asdict(found.origin),
+        "parts": len(found.parts),
+        "weights": {name: {"matrices": len(c), "inputs": sum(c), "fewest": min(c)} for name, c in counts.items()},
+        "experts": experts,
+        "bytes": sum(path.stat().st_size for path in found.folder.iterdir() if path.is_file()),
+    }
+
+
+def statistics_rows(content: dict[str, Any]) -> list[tuple[str, str]]:
+    """Rows of statistics' JSON."""
+    curvature = "drawn labels, one backward pass" if content["method"] == "full" else "guessed from names and positions"
+    rows = [
+        ("model", f"{content['source']} ({content['source_sha256'][:12]})"),
+        ("text", f"{content['text']}: {content['tokens']:,} tokens, windows of {content['window']}"),
+        ("curvature", curvature),
+        ("weights", f"{len(content['weights'])} in {content['parts']} parts"),
+        ("size", size(content["bytes"])),
+    ]
+    if content["experts"]:
+        fewest = min(min(counts) for counts in content["experts"].values())
+        rows.append(("experts", f"the least fed saw {fewest} tokens"))
     return rows
 
 

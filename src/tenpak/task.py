@@ -1,0 +1,221 @@
+"""Encoding a whole plan: which statistics it needs, where they come from, and in which order tensors are encoded.
+
+What is in no block (embeddings, head) is encoded with statistics of the original model, or without any. Where blocks'
+codecs need statistics, blocks follow one after another (``sequential``), unless ``propagation="none"`` asks that they,
+too, take those of the original model. A plan that needs no statistics is encoded tensor by tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from tenpak.calibrating import Reading, collect_into, read_text, warn_if_short
+from tenpak.calibration.skeleton import OUTSIDE, Skeleton
+from tenpak.calibration.statistics import StatisticsFolder, rows_before
+from tenpak.checkpoint.source import source_sha256
+from tenpak.checkpoint.structure import Weight
+from tenpak.encoding import Lookup, Numbered, encode_entries
+from tenpak.errors import CalibrationError
+from tenpak.job import Job
+from tenpak.sequential import Walk, encode_blocks
+from tenpak.work import Work
+
+__all__ = ["Progress", "Propagation", "Task", "encode_all", "numbered", "prepare"]
+
+Propagation = Literal["original", "own", "none"]
+
+# (what is being done, how much of it is done, how much there is)
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A job with what it is calibrated on.
+
+    Attributes:
+        job: checkpoint and plan.
+        reading: the text to read; None where nothing is calibrated, or ``statistics`` say everything.
+        statistics: collected before, of the original model; None where there are none.
+        propagation: see ``pipeline.compress``; ``"none"`` where there is no text to read.
+        seed: of labels drawn for the curvature.
+        trust_remote_code: let transformers run model code from the checkpoint.
+    """
+
+    job: Job
+    reading: Reading | None = None
+    statistics: StatisticsFolder | None = None
+    propagation: Propagation = "original"
+    seed: int = 0
+    trust_remote_code: bool = False
+
+    def to_json(self) -> dict[str, Any] | None:
+        """What the manifest records of the calibration; None where nothing is calibrated."""
+        if self.reading is None and self.statistics is None:
+            return None
+        if self.reading is not None:
+            return {**self.reading.to_json(), "propagation": self.propagation}
+        assert self.statistics is not None  # one of the two is there
+        origin = self.statistics.origin
+        read = {"text": origin.text, "text_sha256": origin.text_sha256, "tokens": origin.tokens}
+        return {**read, "window": origin.window, "propagation": "none"}
+
+    @property
+    def texts(self) -> set[str]:
+        """Hashes of the texts that are calibrated on."""
+        found = self.to_json()
+        return set() if found is None else set(found["text_sha256"].split(", "))
+
+
+def prepare(
+    job: Job,
+    calibration: str | Path | None = None,
+    *,
+    tokens: int,
+    window: int | None = None,
+    statistics: str | Path | None = None,
+    propagation: Propagation = "original",
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> Task:
+    """Find out what a job's calibration needs, and read its text; arguments are those of ``pipeline.compress``.
+
+    Raises:
+        CalibrationError: the text or the statistics cannot be used for this model.
+    """
+    if propagation not in get_args(Propagation):
+        raise CalibrationError(
+            f"propagation {propagation!r} is not known", hint=f"choose from {', '.join(get_args(Propagation))}"
+        )
+    needed = [item.entry.weight for item in numbered(job) if item.entry.codec and item.entry.codec.needs_statistics]
+    if not needed:
+        return Task(job, seed=seed, trust_remote_code=trust_remote_code)
+    known = None if statistics is None else StatisticsFolder(statistics)
+    if known is not None:
+        _require_same_source(job, known)
+        if calibration is None:
+            return Task(job, None, known, "none", seed, trust_remote_code)
+    reading = read_text(job, calibration, tokens=tokens, window=window, trust_remote_code=trust_remote_code)
+    warn_if_short(reading, needed)
+    if known is not None and reading.text.sha256 not in known.origin.text_sha256.split(", "):
+        raise CalibrationError(
+            f"the statistics in {known.folder} are of the text {known.origin.text}, not of {reading.text.name}",
+            hint="give the text that they were collected on, or no --calibration, or no --statistics",
+        )
+    return Task(job, reading, known, propagation, seed, trust_remote_code)
+
+
+def numbered(job: Job) -> list[Numbered]:
+    """The entries of a plan that are encoded, with their places in it."""
+    entries = enumerate(job.plan.entries)
+    return [Numbered(n, e) for n, e in entries if e.codec is not None and e.weight.tied_to is None]
+
+
+def encode_all(task: Task, work: Work, progress: Progress | None = None) -> None:
+    """Encode every tensor of a plan that has a codec; finished ones are in ``work`` afterwards.
+
+    Raises:
+        CheckpointError: a tensor cannot be read.
+        CodecError, CalibrationError: a weight cannot be encoded; names it.
+        ArtifactError: the work folder cannot be written.
+    """
+    items = numbered(task.job)
+    done = _counter(items, progress)
+    needing = [item for item in items if item.entry.codec is not None and item.entry.codec.needs_statistics]
+    if not needing:
+        encode_entries(task.job.checkpoint, items, work, done=done)
+        return
+    models = None
+    if task.reading is not None and task.propagation != "none":
+        models = _skeletons(task)
+    inside = [item for item in items if models and models[1].place(item.entry.weight.parameter) != OUTSIDE]
+    if not any(item in needing for item in inside):
+        inside = []
+    outside = [item for item in items if item not in inside]
+    known = task.statistics or _collect(task, work, [i for i in needing if i in outside], needing, progress)
+    lookup = None if known is None else _lookup(known, items)
+    encode_entries(task.job.checkpoint, outside, work, lookup, done)
+    if inside and models is not None:
+        assert task.reading is not None  # models are only made with a text
+        original, compressed = models
+        weighed = lookup if any(i.entry.codec is not None and i.entry.codec.uses_curvature for i in needing) else None
+        walk = Walk(
+            original if task.propagation == "original" else None,
+            compressed,
+            task.reading.tokens,
+            task.reading.window,
+            work,
+            weighed,
+            done,
+            folder=work.folder,
+        )
+        encode_blocks(walk, items)
+
+
+def coverage(job: Job, work: Work) -> dict[str, list[int]]:
+    """Expert tensor → how many tokens each of its matrices saw, for those that were calibrated."""
+    found = {}
+    for item in numbered(job):
+        unit = work.get(item.number, item.entry.weight.name) if item.entry.weight.kind == "expert" else None
+        if unit is not None and unit.counts:
+            found[item.entry.weight.name] = list(unit.counts)
+    return found
+
+
+def _skeletons(task: Task) -> tuple[Skeleton, Skeleton]:
+    weights = [entry.weight for entry in task.job.plan.entries]
+    first, second = (
+        Skeleton.build(task.job.checkpoint, weights, trust_remote_code=task.trust_remote_code) for _ in range(2)
+    )
+    return first, second
+
+
+def _collect(
+    task: Task, work: Work, outside: Sequence[Numbered], needing: Sequence[Numbered], progress: Progress | None
+) -> StatisticsFolder | None:
+    """Statistics of the original model, where anything needs them; kept in the work folder."""
+    curvature = any(item.entry.codec is not None and item.entry.codec.uses_curvature for item in needing)
+    curvature = curvature or any(item.entry.weight.kind == "embedding" for item in outside)
+    if task.reading is None or not (curvature or outside):
+        return None
+    folder = work.folder / "statistics"
+    try:
+        return StatisticsFolder(folder)
+    except CalibrationError:
+        return collect_into(
+            folder,
+            task.job,
+            task.reading,
+            curvature=curvature,
+            seed=task.seed,
+            trust_remote_code=task.trust_remote_code,
+            progress=None if progress is None else lambda done, total: progress("calibrating", done, total),
+        )
+
+
+def _lookup(known: StatisticsFolder, items: Sequence[Numbered]) -> Lookup:
+    before = rows_before([item.entry.weight for item in items])
+    return lambda weight: known.of(weight, rows_before=before.get(weight.name, 0))
+
+
+def _require_same_source(job: Job, known: StatisticsFolder) -> None:
+    if source_sha256(job.checkpoint) != known.origin.source_sha256:
+        raise CalibrationError(
+            f"the statistics in {known.folder} are of another model ({known.origin.source}), not of "
+            f"{job.checkpoint.name}",
+            hint="calibrate this model: tenpak calibrate MODEL -o FOLDER",
+        )
+
+
+def _counter(items: Sequence[Numbered], progress: Progress | None) -> Callable[[Weight], None]:
+    done, total = 0, sum(item.entry.weight.numel for item in items)
+
+    def tick(weight: Weight) -> None:
+        nonlocal done
+        done += weight.numel
+        if progress is not None:
+            progress(weight.name, done, total)
+
+    return tick

@@ -1,0 +1,212 @@
+"""Finished work of a run, on disk, so that a run which was stopped can go on where it was.
+
+A work folder belongs to one run: its ``run.json`` holds what the run depends on (source files, texts, recipe, options,
+versions), and a run that depends on anything else is refused. A *unit* is one encoded tensor: a safetensors file with
+its payloads' fields, and in its metadata the codec, the shape, and a hash. It is written under another name and
+renamed, so it is there entirely or not at all, and one whose hash is wrong counts as not there. Units are the same
+bytes whoever computed them, so an artifact made from old and new ones is the one that an uninterrupted run would have
+made.
+
+    run.json
+    units/00012.safetensors          by the tensor's place in the plan
+    statistics/                      of the original model, where a recipe needs them
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from tenpak.artifact.blob import join
+from tenpak.artifact.leftovers import locked
+from tenpak.checkpoint.source import TORCH_DTYPES, dtype_name, tensor_sha256
+from tenpak.codecs.base import Payload
+from tenpak.errors import ArtifactError
+
+__all__ = ["Unit", "Work", "default_work", "run_key"]
+
+RUN_NAME = "run.json"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """An encoded tensor.
+
+    Attributes:
+        payloads: one per matrix.
+        source_sha256: hash of the source tensor's bytes.
+        counts: how many inputs calibration saw for each matrix; empty where the codec needed no statistics.
+    """
+
+    payloads: tuple[Payload, ...]
+    source_sha256: str
+    counts: tuple[int, ...] = ()
+
+
+def run_key(run: Mapping[str, Any]) -> str:
+    """A hash of what a run depends on, in hexadecimal."""
+    return hashlib.sha256(json.dumps(run, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def default_work(out: Path, run: Mapping[str, Any]) -> Path:
+    """The work folder beside an output; another run to the same output gets another one."""
+    return out.parent / f".{out.name}.work-{run_key(run)[:12]}"
+
+
+class Work:
+    """A work folder in use; a context manager that locks it.
+
+    Args:
+        folder: where; made if it is not there.
+        run: what the run depends on, JSON.
+
+    Attributes:
+        reused: names of the units that were found finished.
+    """
+
+    def __init__(self, folder: Path, run: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.run = json.loads(json.dumps(run, default=str))
+        self.reused: list[str] = []
+        self._lock = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        """Open the folder.
+
+        Raises:
+            ArtifactError: it belongs to another run, is used by one just now, or cannot be written.
+        """
+        try:
+            (self.folder / "units").mkdir(parents=True, exist_ok=True)
+            self._lock.enter_context(locked(self.folder))
+            self._claim()
+        except BlockingIOError as error:
+            raise ArtifactError(
+                f"{self.folder} is in use by another run", hint="wait for it, or choose another --work"
+            ) from error
+        except OSError as error:
+            self._lock.close()
+            if self.empty:
+                self.remove()
+            raise _unwritable(self.folder, error) from error
+        except BaseException:
+            self._lock.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lock.close()
+
+    def remove(self) -> None:
+        """Delete the folder: its work has become an artifact, or is of no use."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing in it is worth keeping."""
+        return not any((self.folder / "units").glob("*.safetensors")) and not (self.folder / "statistics").exists()
+
+    def has(self, number: int, name: str) -> bool:
+        """Whether the unit of tensor ``name``, at ``number`` in the plan, is finished and sound."""
+        return self.get(number, name) is not None
+
+    def get(self, number: int, name: str) -> Unit | None:
+        """A finished unit; None where there is none, or a damaged one."""
+        path = self._path(number)
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = json.loads(file.metadata()["unit"])
+                payloads = tuple(
+                    Payload(
+                        about["codec"],
+                        (int(about["shape"][0]), int(about["shape"][1])),
+                        TORCH_DTYPES[about["dtype"]],
+                        {field: file.get_tensor(f"{index}.{field}") for field in fields},
+                    )
+                    for index, fields in enumerate(about["fields"])
+                )
+            sound = about["name"] == name and about["sha256"] == tensor_sha256(join(payloads))
+            unit = Unit(payloads, str(about["source_sha256"]), tuple(about["counts"]))
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError):
+            return None
+        return unit if sound else None
+
+    def put(self, number: int, name: str, unit: Unit) -> None:
+        """Keep a finished unit.
+
+        Raises:
+            ArtifactError: the disk is full or the folder cannot be written.
+        """
+        payloads, first = unit.payloads, unit.payloads[0]
+        about = {
+            "name": name,
+            "codec": dict(first.codec),
+            "shape": list(first.shape),
+            "dtype": dtype_name(first.dtype),
+            "fields": [list(payload.tensors) for payload in payloads],
+            "sha256": tensor_sha256(join(payloads)),
+            "source_sha256": unit.source_sha256,
+            "counts": list(unit.counts),
+        }
+        tensors = {
+            f"{index}.{field}": tensor.detach().cpu().contiguous().clone()  # fields may be views of one memory
+            for index, payload in enumerate(payloads)
+            for field, tensor in payload.tensors.items()
+        }
+        path = self._path(number)
+        temporary = path.with_suffix(f".partial-{os.getpid()}")
+        try:
+            save_file(tensors, temporary, metadata={"unit": json.dumps(about)})
+            temporary.replace(path)
+        except (OSError, SafetensorError) as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise _unwritable(path, error) from error
+
+    def _path(self, number: int) -> Path:
+        return self.folder / "units" / f"{number:05d}.safetensors"
+
+    def _claim(self) -> None:
+        """Write what the run depends on, or compare it with what is written."""
+        path = self.folder / RUN_NAME
+        if not path.exists():
+            temporary = path.with_suffix(".partial")
+            temporary.write_text(json.dumps(self.run, indent=2) + "\n")
+            temporary.replace(path)
+            return
+        try:
+            other = json.loads(path.read_text())
+        except ValueError:
+            other = None
+        if other == self.run:
+            return
+        differs = sorted(k for k in self.run if not isinstance(other, dict) or other.get(k) != self.run[k])
+        raise ArtifactError(
+            f"the work folder {self.folder} belongs to another run (it differs in {', '.join(differs) or 'its form'})",
+            hint="choose another --work, or delete that folder",
+        )
+
+
+def _unwritable(path: Path, error: Exception) -> ArtifactError:
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "os error 2" in str(error)
+    return ArtifactError(
+        f"cannot write {path}: {getattr(error, 'strerror', None) or error}",
+        hint=("free space on that disk and run the command again: " if full else "check that folder; ")
+        + "finished work is kept and will be reused",
+    )

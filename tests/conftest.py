@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: no tes
 
 import pytest
 import torch
+from forked import forked as forked
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -12,14 +12,14 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from families import make_tiny, make_tiny_talker
+from forked import Forked
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
@@ -420,68 +420,6 @@ def test_another_format_version_says_so(fails, artifact: Path) -> None:
 
 
 # Full disks and interruptions, in real processes -----------------------------------------------------------------
-
-# Imports everything once and then forks a process for every line of JSON that it reads; that one runs tenpak, over and
-# over where it is to be killed, so that signals come in the middle of the work. Replies with exit code and stderr.
-FORKER = """
-import json, os, resource, signal, sys, time, traceback
-import tenpak, tenpak.cli, tenpak.pipeline, transformers.models.llama.modeling_llama
-verbs = tenpak.cli.app
-for line in sys.stdin:
-    order = json.loads(line)
-    ready, tell = os.pipe()
-    errors, told = os.pipe()  # not a file, whose size may be limited; a few lines fit
-    pid = os.fork()
-    if pid == 0:
-        os.dup2(told, 2)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        def app():
-            os.write(tell, b".")
-            if order["limit"] is not None:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (order["limit"],) * 2)
-            verbs(standalone_mode=False)
-            while order["signal"]:
-                verbs(standalone_mode=False)
-        tenpak.cli.app = app
-        sys.argv[1:] = order["arguments"]
-        try:
-            tenpak.cli.main()
-            os._exit(0)
-        except SystemExit as end:
-            os._exit(end.code or 0)
-        except BaseException:
-            traceback.print_exc()
-        os._exit(70)
-    os.close(tell)  # so that a process that dies early ends the wait
-    os.close(told)
-    os.read(ready, 1)
-    if order["signal"]:
-        time.sleep(order["delay"])
-        os.kill(pid, order["signal"])
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    print(json.dumps([code, os.read(errors, 65536).decode()]), flush=True)
-    os.close(ready)
-    os.close(errors)
-"""
-
-Forked = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture(scope="module")
-def forked() -> Iterator[Forked]:
-    """``forked(*arguments, number=signal, delay=seconds, limit=bytes)`` → exit code and stderr of a real process."""
-    command = [sys.executable, "-c", FORKER]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-
-        def run(*arguments: object, number: int = 0, delay: float = 0, limit: int | None = None) -> tuple[int, str]:
-            order = {"arguments": [*map(str, arguments)], "signal": number, "delay": delay, "limit": limit}
-            process.stdin.write(json.dumps(order) + "\n")
-            process.stdin.flush()
-            code, error = json.loads(process.stdout.readline())
-            return code, error
-
-        yield run
-        process.stdin.close()
 
 
 @pytest.mark.parametrize("limit", [0, 10_000])

@@ -84,6 +84,8 @@ def compress(
     options: dict[str, Any] = {
         "recipe": recipe,
         "overrides": tuple(overrides or ()),
+        "calibration_tokens": calibration_tokens,
+        "propagation": propagation,
         "revision": revision,
         "trust_remote_code": trust_remote_code,
     }
@@ -94,22 +96,9 @@ def compress(
     if out is None:
         raise typer.BadParameter("give -o OUT, the folder to write (or --dry-run)")
     text = _evaluation_text(model, revision, evaluation)
+    options |= {"calibration": calibration, "calibration_window": window, "statistics": statistics, "work": work}
     with progress_bar("weights") as update:
-        report = run(
-            model,
-            out,
-            calibration=calibration,
-            calibration_tokens=calibration_tokens,
-            calibration_window=window,
-            statistics=statistics,
-            propagation=propagation,
-            work=work,
-            evaluation=text,
-            seed=seed,
-            overwrite=overwrite,
-            progress=update,
-            **options,
-        )
+        report = run(model, out, evaluation=text, seed=seed, overwrite=overwrite, progress=update, **options)
     _show_report(report.to_json(), as_json, unmeasured=text is None and evaluation is None)
 
 

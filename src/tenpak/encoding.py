@@ -20,7 +20,16 @@ from tenpak.errors import CalibrationError, CodecError
 from tenpak.kernels.parallel import ordered_map
 from tenpak.work import Unit, Work
 
-__all__ = ["Lookup", "Numbered", "decode_tensor", "encode_entries", "encode_tensor", "encode_unit", "require_finite"]
+__all__ = [
+    "Lookup",
+    "Numbered",
+    "bias_of",
+    "corrected_bias",
+    "decode_tensor",
+    "encode_entries",
+    "encode_unit",
+    "require_finite",
+]
 
 Lookup = Callable[[Weight], Sequence[Statistics | None]]
 """Gives the statistics of a tensor's matrices."""
@@ -75,16 +84,9 @@ def encode_entries(
 def encode_unit(
     codec: Codec, weight: Weight, tensor: Tensor, statistics: Sequence[Statistics | None] | None = None
 ) -> Unit:
-    """A tensor encoded (``encode_tensor``), with what an artifact says of it."""
-    payloads = encode_tensor(codec, weight, tensor, statistics)
-    counts = tuple(known.count or 0 if known is not None else 0 for known in statistics or ())
-    return Unit(payloads, tensor_sha256(tensor), counts)
+    """A tensor encoded, with what an artifact says of it and, for a layer that may have a bias, its correction.
 
-
-def encode_tensor(
-    codec: Codec, weight: Weight, tensor: Tensor, statistics: Sequence[Statistics | None] | None = None
-) -> tuple[Payload, ...]:
-    """One payload per matrix of a tensor as the checkpoint stores it.
+    What encoding leaves of the target, E, moves the mean of the output by E·E[x]; a bias can take that up.
 
     Args:
         codec: what encodes it.
@@ -98,18 +100,31 @@ def encode_tensor(
     """
     matrices = tensor.unbind(0) if tensor.ndim == 3 else (tensor,)
     found = statistics if statistics is not None else [None] * len(matrices)
-    payloads = []
+    payloads, bias = [], None
     try:
         for matrix, known in zip(matrices, found, strict=True):
             target = matrix.T if weight.transposed else matrix
-            if statistics is not None and (known is None or known.hessian is None):
+            if statistics is not None and (known is None or known.metric is None):
                 known = _unit(target.shape[1])
             elif known is not None:
                 target = corrected(target, known)
             payloads.append(codec.encode(target, known))
+            if weight.kind == "matrix" and known is not None and known.mean is not None:
+                bias = (target.float() - codec.decode(payloads[-1])) @ known.mean
     except (CodecError, CalibrationError) as error:
         raise type(error)(f"{weight.name}: {error}", hint=error.hint) from error
-    return tuple(payloads)
+    counts = tuple(known.count or 0 if known is not None else 0 for known in statistics or ())
+    return Unit(tuple(payloads), tensor_sha256(tensor), counts, bias)
+
+
+def bias_of(weight: Weight) -> str:
+    """The name that the bias of a weight's layer would have."""
+    return weight.name.removesuffix("weight") + "bias"
+
+
+def corrected_bias(bias: Tensor, change: Tensor) -> Tensor:
+    """A bias with what its weight's encoding left, in its own dtype."""
+    return (bias.float() + change).to(bias.dtype)
 
 
 def decode_tensor(codec: Codec, weight: Weight, payloads: Sequence[Payload]) -> Tensor:

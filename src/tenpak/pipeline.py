@@ -42,12 +42,12 @@ from tenpak.artifact.writer import (
 from tenpak.calibrating import DEFAULT_TOKENS
 from tenpak.calibration.choice import Text
 from tenpak.checkpoint.source import Checkpoint, fingerprint, source_sha256, tensor_sha256
-from tenpak.encoding import require_finite
+from tenpak.encoding import bias_of, corrected_bias, require_finite
 from tenpak.errors import ArtifactError, CalibrationError, CheckpointError, CodecError, EvaluationError
 from tenpak.job import Job, open_job
 from tenpak.report.card import model_card
 from tenpak.report.report import Report, measured
-from tenpak.task import Progress, Propagation, Task, coverage, encode_all, prepare
+from tenpak.task import Progress, Propagation, Task, coverage, encode_all, numbered, prepare
 from tenpak.work import Work, default_work
 
 __all__ = ["Progress", "compress"]
@@ -175,6 +175,7 @@ def _kept(work: Work) -> Iterator[None]:
 def _store(writer: ArtifactWriter, job: Job, work: Work) -> dict[str, str]:
     """Store every tensor of the plan; returns the hashes of the source's tensors."""
     hashes: dict[str, str] = {}
+    layers = {bias_of(item.entry.weight): item for item in numbered(job)}
     for number, entry in enumerate(job.plan.entries):
         weight = entry.weight
         if entry.codec is not None and weight.tied_to is None:
@@ -193,7 +194,13 @@ def _store(writer: ArtifactWriter, job: Job, work: Work) -> dict[str, str]:
         if weight.tied_to is None:
             if is_parameter(weight):  # masks and unused tensors may hold what they like
                 require_finite(weight.name, tensor)
-            writer.add_dense(weight.name, tensor, entry.reason)
+            layer = layers.get(weight.name)
+            unit = None if layer is None else work.get(layer.number, layer.entry.weight.name)
+            if unit is None or unit.bias is None:
+                writer.add_dense(weight.name, tensor, entry.reason)
+            else:
+                reason = f"{entry.reason}, with the mean error of its layer's weight taken up"
+                writer.add_dense(weight.name, corrected_bias(tensor, unit.bias), reason)
     return hashes
 
 

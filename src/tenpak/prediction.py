@@ -15,6 +15,7 @@ from tenpak.allocation.plan import PlanEntry
 from tenpak.artifact.schema import CODES_SUFFIX
 from tenpak.artifact.sizes import Sizes
 from tenpak.artifact.writer import MAX_SHARD_BYTES, predicted_bytes
+from tenpak.calibrating import DEFAULT_TOKENS
 from tenpak.checkpoint.header import DTYPE_BYTES
 from tenpak.checkpoint.source import tensor_sha256
 from tenpak.job import open_job
@@ -57,6 +58,8 @@ def predict(
     *,
     recipe: str = "int4:g32",
     overrides: Sequence[str] = (),
+    calibration_tokens: int = DEFAULT_TOKENS,
+    propagation: str = "original",
     revision: str | None = None,
     trust_remote_code: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,

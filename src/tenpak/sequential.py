@@ -31,9 +31,9 @@ from tenpak.calibration.statistics import experts, rows_before
 from tenpak.calibration.sums import BatchSums, Key, Sums
 from tenpak.checkpoint.structure import Weight
 from tenpak.codecs.base import Statistics
-from tenpak.encoding import Lookup, Numbered, decode_tensor, encode_unit
+from tenpak.encoding import Lookup, Numbered, bias_of, corrected_bias, decode_tensor, encode_unit
 from tenpak.kernels.parallel import ordered_map
-from tenpak.work import Work
+from tenpak.work import Unit, Work
 
 __all__ = ["Walk", "encode_blocks"]
 
@@ -86,7 +86,9 @@ def encode_blocks(walk: Walk, entries: Sequence[Numbered]) -> None:
         if block != OUTSIDE and any(not walk.work.has(item.number, item.entry.weight.name) for item in items)
     ]
     with Activations(walk.spill_bytes, walk.folder) as states:
-        models = _Models(walk, {item.entry.weight.name: item for item in entries}, batches, states)
+        named = {item.entry.weight.name: item for item in entries}
+        biased = {bias_of(item.entry.weight): item for item in entries}
+        models = _Models(walk, named, batches, biased, states)
         if unfinished:
             models.start()
         for block in range(len(walk.compressed.blocks)):
@@ -106,6 +108,7 @@ class _Models:
     walk: Walk
     items: dict[str, Numbered]
     batches: list[Tensor]
+    biased: dict[str, Numbered]  # bias → the weight whose error it takes up
     states: Activations  # original at (2k, batch), compressed at (2k + 1, batch), inputs of steps at (-1 - step, batch)
 
     def start(self) -> None:
@@ -113,17 +116,18 @@ class _Models:
         for offset, model in self._pair():
             model.load(model.parameters_outside, self._read if offset else None)
             self._advance(model, OUTSIDE, offset)
+            model.forget_embedding(self.batches[0])
 
     def block(self, block: int, items: list[Numbered], *, last: bool) -> None:
         """Encode a block's tensors and go past it."""
         compressed, original = self.walk.compressed, self.walk.original
         parameters = compressed.parameters_of(block)
         finished = {item.number for item in items if self.walk.work.has(item.number, item.entry.weight.name)}
-        with compressed.holding(parameters):
+        with (original or compressed).holding(parameters):
             steps = self._steps(block, items)
             if original is not None:
-                with original.holding(parameters):
-                    self._pass_original(block, steps if len(finished) < len(items) else [])
+                self._pass_original(block, steps if len(finished) < len(items) else [])
+        with compressed.holding(parameters):
             for number, step in enumerate(steps):
                 if any(item.number not in finished for item in step.items):
                     self._encode(step, self._observe(block, number, step), finished)
@@ -131,7 +135,8 @@ class _Models:
                     self.walk.work.reused.extend(item.entry.weight.name for item in step.items)
                 for item in step.items:
                     self.tell(item.entry.weight)
-                compressed.load(step.parameters, self._read)
+                biases = [f"{path.removesuffix('weight')}bias" for path in step.parameters]
+                compressed.load([*step.parameters, *(p for p in biases if p in parameters)], self._read)
                 for index in range(len(self.batches)):
                     self.states.discard((-1 - number, index))
             if not last:
@@ -148,19 +153,26 @@ class _Models:
 
     def _read(self, weight: Weight) -> Tensor:
         """What a tensor of the checkpoint has become, as far as it is encoded."""
+        if weight.name in self.biased:
+            unit = self._unit(self.biased[weight.name])
+            value = self.walk.compressed.checkpoint.read(weight.name)
+            return value if unit is None or unit.bias is None else corrected_bias(value, unit.bias)
         item = self.items.get(weight.name)
-        unit = self.walk.work.get(item.number, weight.name) if item is not None else None
+        unit = self._unit(item) if item is not None else None
         if item is None or unit is None or item.entry.codec is None:
             return self.walk.compressed.checkpoint.read(weight.name)
         return decode_tensor(item.entry.codec, weight, unit.payloads)
 
+    def _unit(self, item: Numbered) -> Unit | None:
+        return self.walk.work.get(item.number, item.entry.weight.name)
+
     def _steps(self, block: int, items: list[Numbered]) -> list[_Step]:
         """The block's tensors in the order in which their inputs are needed."""
-        model = self.walk.compressed
+        offset, model = self._pair()[0]
         seen = BatchSums()
         weights = observable(model, model.parameters_of(block))
         with torch.no_grad(), Observer(weights, seen.see):
-            model.run(self.batches[0], block, block + 1, self.states[2 * block + 1, 0])
+            model.run(self.batches[0], block, block + 1, self.states[2 * block + offset, 0])
         together: list[set[str]] = []
         for _, keys in seen.sums.groups():
             names = {parameter for parameter, _ in keys}
@@ -181,18 +193,21 @@ class _Models:
 
     def _is_added(self, block: int, step: _Step) -> bool:
         """Whether a step is one weight whose output is added to what the block returns, by the gradient on a window."""
-        model = self.walk.compressed
-        if self.walk.original is None or len(step.items) != 1 or step.experts:
+        model = self.walk.original
+        if model is None or len(step.items) != 1 or step.experts:
             return False
         products: list[Product] = []
-        hidden = self.states[2 * block + 1, 0][:1].requires_grad_()
+        hidden = self.states[2 * block, 0][:1].detach().requires_grad_()
         with torch.enable_grad(), Observer(observable(model, step.parameters), products.append):
             output = model.run(self.batches[0][:1], block, block + 1, hidden)
-        if len(products) != 1 or products[0].part(products[0].result).shape != output.shape:
+        if (
+            len(products) != 1
+            or products[0].part(products[0].result).flatten(0, -2).shape != output.flatten(0, -2).shape
+        ):
             return False
         direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
         (gradient,) = torch.autograd.grad(output, products[0].result, direction, allow_unused=True)
-        return gradient is not None and torch.equal(products[0].part(gradient), direction)
+        return gradient is not None and torch.equal(products[0].part(gradient).flatten(0, -2), direction.flatten(0, -2))
 
     def _pass_original(self, block: int, steps: list[_Step]) -> None:
         """Take the original model past a block and keep the inputs of its steps."""

@@ -28,6 +28,7 @@ from typing import Any, Self
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from tenpak.artifact.blob import join
 from tenpak.artifact.leftovers import locked
@@ -48,11 +49,13 @@ class Unit:
         payloads: one per matrix.
         source_sha256: hash of the source tensor's bytes.
         counts: how many inputs calibration saw for each matrix; empty where the codec needed no statistics.
+        bias: what is to be added to the bias of the layer, FP32 ``[out]``; None where it keeps its own.
     """
 
     payloads: tuple[Payload, ...]
     source_sha256: str
     counts: tuple[int, ...] = ()
+    bias: Tensor | None = None
 
 
 def run_key(run: Mapping[str, Any]) -> str:
@@ -141,8 +144,10 @@ class Work:
                     )
                     for index, fields in enumerate(about["fields"])
                 )
+                bias = file.get_tensor("bias") if about["bias"] else None
             sound = about["name"] == name and about["sha256"] == tensor_sha256(join(payloads))
-            unit = Unit(payloads, str(about["source_sha256"]), tuple(about["counts"]))
+            sound = sound and (bias is None or about["bias"] == tensor_sha256(bias))
+            unit = Unit(payloads, str(about["source_sha256"]), tuple(about["counts"]), bias)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError):
             return None
         return unit if sound else None
@@ -163,12 +168,15 @@ class Work:
             "sha256": tensor_sha256(join(payloads)),
             "source_sha256": unit.source_sha256,
             "counts": list(unit.counts),
+            "bias": None if unit.bias is None else tensor_sha256(unit.bias),
         }
         tensors = {
             f"{index}.{field}": tensor.detach().cpu().contiguous().clone()  # fields may be views of one memory
             for index, payload in enumerate(payloads)
             for field, tensor in payload.tensors.items()
         }
+        if unit.bias is not None:
+            tensors["bias"] = unit.bias.contiguous()
         path = self._path(number)
         temporary = path.with_suffix(f".partial-{os.getpid()}")
         try:

@@ -1,4 +1,4 @@
-"""Folders that runs leave behind when they are killed: told from those in use by a lock, which dies with its process."""
+"""Folders that killed runs leave behind: told from those in use by a lock, which dies with its process."""
 
 from __future__ import annotations
 

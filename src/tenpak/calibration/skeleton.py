@@ -13,6 +13,10 @@ A run from boundary a to b executes blocks a … b-1 on hidden states given for 
 after it is computed) when block b is called. What comes before block 0, embeddings above all, runs every time: it is a
 look-up. Runs in several threads do not see each other.
 
+Embeddings are the largest matrices of many models, and past boundary 0 only their place in ``forward`` matters, since
+the hidden states are given. ``forget_embedding`` then lets zeros take their place, after making sure on an example that
+blocks are called with the same arguments all the same.
+
 This asks that a block depends on the blocks before it through its input only. Models whose blocks hand on more (values
 shared between layers) are noticed by that and must run as a whole, ``run(ids, None, None)`` with every block loaded.
 """
@@ -29,6 +33,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from tenpak.checkpoint.source import Checkpoint
 from tenpak.checkpoint.structure import Weight, build_meta_model
@@ -61,6 +66,7 @@ class _Run:
         hidden: states at ``start``.
         embedded: the embedding's output, made a leaf, where ``watch`` is set.
         past: whether the last block has been passed.
+        call: what the block at ``stop`` was called with.
     """
 
     start: int | None
@@ -69,6 +75,7 @@ class _Run:
     watch: bool = False
     embedded: Tensor | None = None
     past: bool = False
+    call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
 
 @dataclass
@@ -99,6 +106,7 @@ class Skeleton:
     _format: Any = None
     _current: _Current = field(default_factory=_Current)
     _whole: dict[str, Tensor] | None = None
+    _empty: Tensor | None = None
 
     @classmethod
     def build(
@@ -213,6 +221,24 @@ class Skeleton:
         """End the run of this thread here and now; what it returns has no meaning."""
         raise _Reached(torch.empty(0))
 
+    def forget_embedding(self, ids: Tensor) -> None:
+        """Drop the input embedding, if no block is called with anything else for it; ``ids`` are the example.
+
+        To be used when boundary 0 has been reached for the last time; the head of a tied model goes with it.
+        """
+        width = self.model.get_input_embeddings().embedding_dim
+        calls = []
+        for empty in (None, torch.zeros(1, 1, width, dtype=self.dtype)):
+            self._empty = empty
+            run = _Run(None, 0, None)
+            with torch.no_grad():
+                self._run(ids, run)
+            calls.append(run.call)
+        if self.embedding is None or not _same_but_hidden(*calls):
+            self._empty = None
+            return
+        self.drop([self.embedding])
+
     @property
     def keeps_logits(self) -> bool:
         """Whether ``forward`` computes logits of chosen positions only when asked to."""
@@ -258,6 +284,7 @@ class Skeleton:
             run = self._current.run
             assert run is not None, "blocks of a skeleton run through Skeleton.run only"
             if run.stop is not None and index >= run.stop:
+                run.call = args, kwargs
                 raise _Reached(_hidden(args, kwargs))
             start = run.start or 0
             run.past = index == last
@@ -276,6 +303,9 @@ class Skeleton:
 
     def _watched(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
+            if self._empty is not None:
+                ids: Tensor = args[0] if args else kwargs["input"]
+                return self._empty.expand(*ids.shape, -1).clone()
             output = forward(*args, **kwargs)
             run = self._current.run
             if run is not None and run.watch and run.embedded is None:
@@ -352,3 +382,17 @@ def _hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 
 def _replaced(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+
+def _same_but_hidden(first: tuple[Any, Any], second: tuple[Any, Any]) -> bool:
+    """Whether a block was called with the same arguments twice, hidden states aside."""
+
+    def rest(call: tuple[Any, Any]) -> tuple[list[Any], Any]:
+        args, kwargs = call
+        return tree_flatten((args[1:], kwargs) if args else {k: v for k, v in kwargs.items() if k != "hidden_states"})
+
+    (leaves, form), (others, other_form) = rest(first), rest(second)
+    return form == other_form and all(
+        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
+        for a, b in zip(leaves, others, strict=True)
+    )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tenpak.artifact.schema import FORMAT_VERSION, Manifest, Source
 from tenpak.artifact.writer import MAX_SHARD_BYTES, ArtifactWriter
+from tenpak.codecs import Statistics
 from tenpak.recipes import parse
 
 Change = Callable[[Any], Any]
@@ -49,7 +50,11 @@ def add_tensors(writer: ArtifactWriter, weights: Mapping[str, tuple[tuple[int, .
         codec = parse(recipe)
         assert codec is not None
         weight = matrix(*shape, seed=seed)
-        payloads = [codec.encode(part) for part in (weight if weight.ndim == 3 else [weight])]
+        statistics = None
+        if codec.needs_statistics:
+            power = 1.5 + torch.arange(shape[-1]).sin()
+            statistics = Statistics(hessian=torch.diag(power.square()) + power * power[:, None], mean_abs=power)
+        payloads = [codec.encode(part, statistics) for part in (weight if weight.ndim == 3 else [weight])]
         writer.add_weight(name, payloads, shape=shape, dtype="F32", transposed=False)
     writer.add_dense("norm.weight", torch.ones(5, dtype=torch.bfloat16), "1-D")
     writer.add_dense("mask", torch.ones(3, 3, dtype=torch.bool), "a buffer")

@@ -104,8 +104,8 @@ def test_commands_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for command in commands(page):
         monkeypatch.setattr(sys, "argv", shlex.split(command, comments=True))
         errors = io.StringIO()
-        monkeypatch.setattr(cli._err, "_file", errors)
-        monkeypatch.setattr(cli._out, "_file", output := io.StringIO())
+        monkeypatch.setattr(cli.err, "_file", errors)
+        monkeypatch.setattr(cli.out, "_file", output := io.StringIO())
         with pytest.raises(SystemExit) as end:
             cli.main()
         assert not end.value.code, f"{command}: {errors.getvalue()}"

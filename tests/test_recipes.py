@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tenpak.codecs.base import Codec
+from tenpak.codecs.channelscaled import ChannelScaled
 from tenpak.codecs.dense import Dense
 from tenpak.codecs.normalfloat import NormalFloat
 from tenpak.codecs.residual import Residual
+from tenpak.codecs.rotated import Rotated
 from tenpak.codecs.rounding import Gptq, Nearest
 from tenpak.codecs.uniform import Uniform
 from tenpak.errors import RecipeError, UnknownCodecError
@@ -48,6 +51,33 @@ from tenpak.recipes import PRESETS, format, parse, parse_overrides
         ("gptq-nf3:g64:learned:sweeps=1", NormalFloat(3, 64, "learned", Gptq(sweeps=1))),
         ("gptq-int4+gptq-int2:g16", Residual(Uniform(4, 128, rounding=Gptq()), Uniform(2, 16, rounding=Gptq()))),
         ('{"id": "uniform/1", "bits": 4, "rounding": "gptq"}', Uniform(4, rounding=Gptq())),
+        ("awq-int4", ChannelScaled(Uniform(4, 128))),
+        ("awq-int8", ChannelScaled(Uniform(8, 128))),
+        ("awq-int4:g32:exp=0.5", ChannelScaled(Uniform(4, 32), 0.5)),
+        ("awq-int4:exp=1:row", ChannelScaled(Uniform(4, None, True), 1.0)),
+        ("awq-nf4:learned:exp=0", ChannelScaled(NormalFloat(4, 128, "learned"), 0.0)),
+        ("spin-int4:g64", Rotated(Uniform(4, 64))),
+        ("spin-nf3", Rotated(NormalFloat(3, 128))),
+        ("spin-int4:seed=7:search", Rotated(Uniform(4, 128, search=True), 7)),
+        ("awq-gptq-int3:g128", ChannelScaled(Uniform(3, 128, rounding=Gptq()))),
+        ("spin-gptq-int4:g32:damp=0.1:seed=1", Rotated(Uniform(4, 32, rounding=Gptq(0.1)), 1)),
+        ("awq-spin-int4:exp=0.5:seed=2", ChannelScaled(Rotated(Uniform(4, 128), 2), 0.5)),
+        ("spin-awq-gptq-nf4 : G32", Rotated(ChannelScaled(NormalFloat(4, 32, rounding=Gptq())))),
+        ("awq-int4:g64+spin-int2:g16", Residual(ChannelScaled(Uniform(4, 64)), Rotated(Uniform(2, 16)))),
+        ("int4-calibrated", ChannelScaled(Uniform(4, 128), 0.5)),
+        ("int3-calibrated", ChannelScaled(Uniform(3, 128), 0.5)),
+        ("gptq-style", Uniform(4, 128, rounding=Gptq())),
+        ("int4-calibrated:g32", ChannelScaled(Uniform(4, 32), 0.5)),
+        ("int4-calibrated : row", ChannelScaled(Uniform(4, None, True), 0.5)),
+        ("gptq-style:g64", Uniform(4, 64, rounding=Gptq())),
+        ("int4-opt:g128", Uniform(4, 128, search=True)),
+        ("int4-g32:g64", Uniform(4, 64)),
+        ("nf4-learned:g32", NormalFloat(4, 32, "learned")),
+        ("int4-residual:g32", Residual(Uniform(4, 32), Uniform(2, 32))),
+        (
+            "int4-calibrated:g32+nf3-learned:row",
+            Residual(ChannelScaled(Uniform(4, 32), 0.5), NormalFloat(3, None, "learned")),
+        ),
         ("bf16", Dense("bfloat16")),
         ("fp16", Dense("float16")),
         ("fp32", Dense("float32")),
@@ -76,6 +106,11 @@ def test_parse(text: str, codec: Codec | None) -> None:
             "gptq-int4:g32:sym:search:actorder:damp=0.02:sweeps=2",
         ),
         (NormalFloat(4, None, "learned", Gptq(1e-6)), "gptq-nf4:row:learned:damp=1e-06"),
+        (ChannelScaled(Uniform(4, 128)), "awq-int4:g128"),
+        (ChannelScaled(Uniform(4, 32, rounding=Gptq(sweeps=1)), 0.5), "awq-gptq-int4:g32:sweeps=1:exp=0.5"),
+        (Rotated(NormalFloat(3, None), 7), "spin-nf3:row:seed=7"),
+        (ChannelScaled(Rotated(Uniform(4, 64), 1), 0.25), "awq-spin-int4:g64:exp=0.25:seed=1"),
+        (Rotated(ChannelScaled(Uniform(4, 64))), "spin-awq-int4:g64"),
         (None, "dense"),
     ],
 )
@@ -92,23 +127,43 @@ stages = st.one_of(
     st.builds(NormalFloat, st.integers(2, 4), groups, st.sampled_from(["normal", "learned"]), roundings),
     st.builds(Dense, st.sampled_from(["float32", "bfloat16", "float16"])),
 )
-codecs = st.recursive(stages, lambda inner: st.builds(Residual, inner, inner), max_leaves=5)
+exponents = st.none() | st.floats(0, 1)
+seeds = st.integers(0, 2**32 - 1)
+codecs = st.recursive(
+    stages,
+    lambda inner: st.one_of(
+        st.builds(Residual, inner, inner), st.builds(ChannelScaled, inner, exponents), st.builds(Rotated, inner, seeds)
+    ),
+    max_leaves=5,
+)
+prefixed = st.one_of(
+    st.builds(ChannelScaled, stages, exponents),
+    st.builds(Rotated, stages, seeds),
+    st.builds(lambda inner, e, seed: ChannelScaled(Rotated(inner, seed), e), stages, exponents, seeds),
+    st.builds(lambda inner, e, seed: Rotated(ChannelScaled(inner, e), seed), stages, exponents, seeds),
+)
 
 
 @settings(deadline=None, max_examples=300, derandomize=True)
-@given(codecs)
+@given(codecs | prefixed)
 def test_format_round_trips(codec: Codec) -> None:
     assert parse(format(codec)) == codec
     assert parse(json.dumps(codec.to_json())) == codec
 
 
-gptq_text = st.lists(
-    st.sampled_from(["g32", "damp=", "damp=inf", "sweeps=3", "sweeps=1e9", "=", "actorder", "sym"])
-).map(lambda words: ":".join(["gptq-int4", *words]))
+option_words = st.lists(
+    st.sampled_from(["g32", "damp=", "damp=inf", "sweeps=3", "sweeps=1e9", "=", "actorder", "sym", "exp=0.1", "seed=1"])
+)
+prefix_text = st.builds(
+    lambda prefixes, words: ":".join(["".join(prefixes) + "int4", *words]),
+    st.lists(st.sampled_from(["gptq-", "awq-", "spin-"]), max_size=4),
+    option_words,
+)
+preset_text = st.builds(lambda name, words: ":".join([name, *words]), st.sampled_from(sorted(PRESETS)), option_words)
 
 
 @settings(deadline=None, max_examples=500, derandomize=True)
-@given(st.text(max_size=30) | st.text(alphabet='intfgrow0123456789:+{}" -', max_size=20) | gptq_text)
+@given(st.text(max_size=30) | st.text(alphabet='intfgrow0123456789:+{}" -', max_size=20) | prefix_text | preset_text)
 def test_any_text_is_a_recipe_or_a_recipe_error(text: str) -> None:
     try:
         codec = parse(text)
@@ -136,7 +191,7 @@ def test_any_text_is_a_recipe_or_a_recipe_error(text: str) -> None:
         ("gptq-int4:damp=0", "damping must be a number from 1e-06 to 1", "1e-06 to 1"),
         ("gptq-int4:damp=nan", "damping must be", "1e-06 to 1"),
         ("gptq-int4:damp=much", "damp is a number", "damp=0.02"),
-        ("gptq-int4:sweeps=1.5", "sweeps a count", "sweeps=2"),
+        ("gptq-int4:sweeps=1.5", "sweeps is a count", "sweeps=2"),
         ("gptq-int4:sweeps=1000", "sweeps must be an integer from 0 to 100, got 1000", "0 to 100"),
         ("gptq-int4:damp=0.1:damp=0.2", "damp more than once", "one of them"),
         ("gptq-int4:actorder:actorder", "order more than once", "one of them"),
@@ -147,6 +202,24 @@ def test_any_text_is_a_recipe_or_a_recipe_error(text: str) -> None:
         ("gptq-int9", "bits must be an integer from 2 to 8, got 9", "2 to 8"),
         ("gptqint4", "'gptqint4' is not a recipe", "gptq-int4"),
         ("gptq-bf16", "'gptq-bf16' is not a recipe", "int4:g32"),
+        ("int4:exp=0.5", "needs an awq- stage", "options are"),
+        ("awq-int4:seed=1", "needs a spin- stage", "options are"),
+        ("spin-int4:actorder", "needs a gptq- stage", "options are"),
+        ("awq-int4:exp", "'exp' is not an option", "'exp='"),
+        ("awq-int4:exp=half", "exp is a number", "exp="),
+        ("awq-int4:exp=2", "exponent must be a number from 0 to 1", "0 to 1"),
+        ("awq-int4:exp=0.5:exp=0.5", "exp more than once", "one of them"),
+        ("spin-int4:seed=x", "seed is a count", "seed="),
+        ("spin-int4:seed=-1", "seed must be an integer from 0", "0 to"),
+        ("awq-awq-int4", "a prefix more than once", "one of them"),
+        ("gptq-awq-int4", "'gptq-awq-int4' is not a recipe", "awq-gptq-int4"),
+        ("spim-int4", "'spim-int4' is not a recipe", "spin-int4"),
+        ("awq-bf16", "'awq-bf16' is not a recipe", "int4:g32"),
+        ("int4-calibrated:sym", "only a group can follow the preset 'int4-calibrated'", "awq-int4:g128:exp=0.5"),
+        ("int4-calibrated:g32:g64", "only a group can follow", "int4-calibrated:g64"),
+        ("int4-opt:", "only a group can follow", "int4-opt:g64"),
+        ("int4-opt:g7", "group must be an integer from 8 to 256", "8 to 256"),
+        ("int4-calibrate:g32", "is not a recipe", "int4-calibrated"),
         ("int4:g32:row", "more than once", "one of them"),
         ("int4:search:search", "more than once", "one of them"),
         ("int4+", "'' in recipe 'int4\\+' is not a recipe", "int4:g32"),
@@ -174,6 +247,13 @@ def test_presets(name: str) -> None:
     assert codec == parse(preset.recipe)
     assert format(codec) == preset.recipe
     assert preset.description
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_takes_another_group(name: str) -> None:
+    recipe = format(parse(f"{name}:g72"))
+    assert recipe == "+".join(re.sub(r":(g\d+|row)", ":g72", stage) for stage in PRESETS[name].recipe.split("+"))
+    assert parse(f"{name}:row") != parse(f"{name}:g8")
 
 
 # The names and rates that users of the older system know (its table of codecs).

@@ -3,18 +3,24 @@
 Grammar (case and surrounding blanks do not matter)::
 
     recipe  = "dense" | stage { "+" stage } | JSON object       a sum encodes what the stages before it leave
-    stage   = [ "gptq-" ] "int" BITS { ":" option }             uniform, BITS 2 to 8
-            | [ "gptq-" ] "nf" BITS { ":" option }              normalfloat, BITS 2 to 4
+    stage   = { "awq-" | "spin-" } [ "gptq-" ] grid { ":" option }
             | "fp32" | "bf16" | "fp16"                          dense in that dtype
-            | preset name
-    option  = "g" SIZE | "row"                                  weights per scale, 8 to 256, or one scale per row
+            | preset [ ":" group ]                              the group replaces the preset's
+    grid    = "int" BITS | "nf" BITS                            uniform, BITS 2 to 8; normalfloat, BITS 2 to 4
+    group   = "g" SIZE | "row"                                  weights per scale, 8 to 256, or one scale per row
+    option  = group
             | "sym" | "asym" | "search"                         int only
             | "learned"                                         nf only
             | "actorder" | "damp=" NUMBER | "sweeps=" COUNT     gptq only: order, relative damping, coordinate descent
+            | "exp=" NUMBER                                     awq only: the exponent, 0 to 1
+            | "seed=" COUNT                                     spin only: of the rotation's signs
 
-What is left out: ``g32`` for int2 to int7, ``row`` for int8, ``g64`` for nf, ``g128`` for gptq; ``sym`` for rows,
-``asym`` for groups; ``damp=0.01`` and ``sweeps=0``. Without ``gptq-`` weights are rounded to nearest.
-``dense`` means "leave it as it was" and parses to None.
+``awq-`` scales the input channels by their activity, ``spin-`` rotates the inputs, each at most once, the first of them
+outermost: ``awq-spin-int4`` scales channels and rotates the scaled ones.
+
+What is left out: ``g32`` for int2 to int7, ``row`` for int8, ``g64`` for nf, ``g128`` after a prefix; ``sym`` for rows,
+``asym`` for groups; ``damp=0.01``, ``sweeps=0``, ``seed=0``; the exponent is searched. Without ``gptq-`` weights are
+rounded to nearest. ``dense`` means "leave it as it was" and parses to None.
 """
 
 from __future__ import annotations
@@ -27,9 +33,11 @@ from dataclasses import dataclass
 
 from tenpak.codecs import registry
 from tenpak.codecs.base import Codec
+from tenpak.codecs.channelscaled import ChannelScaled
 from tenpak.codecs.dense import Dense
 from tenpak.codecs.normalfloat import NormalFloat
 from tenpak.codecs.residual import Residual
+from tenpak.codecs.rotated import Rotated
 from tenpak.codecs.rounding import Gptq, Nearest, Rounding
 from tenpak.codecs.uniform import Uniform
 from tenpak.errors import RecipeError
@@ -65,14 +73,24 @@ PRESETS: dict[str, Preset] = {
     "nf4-learned": Preset("nf4:g64:learned", "nf4 with levels learned for each tensor (Lloyd-Max)"),
     "gptq-int4": Preset("gptq-int4:g128", "int4-g128 that makes up for rounding errors (GPTQ); needs calibration"),
     "gptq-int3": Preset("gptq-int3:g128", "3 bits, scale and offset for every 128 weights, GPTQ; needs calibration"),
+    "gptq-style": Preset(
+        "gptq-int4:g128", "gptq-int4 by another name: errors of a column are made up for by later ones"
+    ),
+    "awq-int4": Preset("awq-int4:g128", "int4-g128, channels scaled by activity, exponent searched; needs calibration"),
+    "int4-calibrated": Preset("awq-int4:g128:exp=0.5", "int4-g128, channels scaled by activity^0.5; needs calibration"),
+    "int3-calibrated": Preset("awq-int3:g128:exp=0.5", "3 bits, channels scaled by activity^0.5; needs calibration"),
+    "spin-int4": Preset("spin-int4:g128", "int4-g128 of inputs rotated by random signs and a Hadamard matrix"),
     "int8": Preset("int8:row", "8 bits, one symmetric scale per row: what embeddings and heads take by default"),
 }
 
 _DENSE_WORDS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _INT_OPTIONS = ("row", "sym", "asym", "search")
 _NF_OPTIONS = ("row", "learned")
-_GPTQ_OPTIONS = ("actorder", "damp=", "sweeps=")
-_VALUE = re.compile(r"(damp|sweeps)=(.*)")
+# Options of prefixes → the prefix that they need.
+_OWNERS = {"actorder": "gptq-", "damp=": "gptq-", "sweeps=": "gptq-", "exp=": "awq-", "seed=": "spin-"}
+_PREFIXES = ("gptq-", "awq-", "spin-", "awq-gptq-", "spin-gptq-", "awq-spin-", "spin-awq-")
+_GRID_STAGE = re.compile(r"((?:awq-|spin-)*)(gptq-)?(int|nf)(\d{1,4})")
+_GROUP = re.compile(r"row|g\d{1,9}")
 _EXAMPLES = "a recipe looks like int4:g32, int8:row, nf4:g64 or int4:g16+int2:g16; `tenpak recipes` lists presets"
 
 
@@ -153,17 +171,47 @@ def _parse_stage(stage: str, recipe: str) -> Codec:
             hint="to store what remains in full use fp32, bf16 or fp16",
         )
     head, *options = [word.strip() for word in stage.split(":")]
-    match = re.fullmatch(r"(gptq-)?(int|nf)(\d{1,4})", head)
+    match = _GRID_STAGE.fullmatch(head)
+    if match is None and head in PRESETS:
+        return _regrouped(head, options, recipe)
     if match is None:
         raise _unknown_stage(head, stage, recipe)
-    kind, bits = match[2], int(match[3])
-    known = _INT_OPTIONS if kind == "int" else _NF_OPTIONS
-    default = 64 if kind == "nf" else 32 if bits != 8 else None
-    rounding: Rounding = Nearest()
-    if match[1]:
-        options, rounding = _gptq(options, recipe)
-        known, default = (*known, *_GPTQ_OPTIONS), 128
+    wrappers, gptq, kind, bits = match[1].split("-")[:-1], match[2], match[3], int(match[4])
+    if len(set(wrappers)) < len(wrappers):
+        raise RecipeError(f"{recipe!r} has a prefix more than once", hint="keep one of them, e.g. awq-gptq-int4")
+    prefixes = {f"{wrapper}-" for wrapper in wrappers} | ({gptq} if gptq else set())
+    values, options = _values(options, prefixes, recipe)
+    owned = [word for word, owner in _OWNERS.items() if owner in prefixes]
+    known = (*(_INT_OPTIONS if kind == "int" else _NF_OPTIONS), *owned)
+    default = 128 if prefixes else 64 if kind == "nf" else 32 if bits != 8 else None
     group, words = _options(options, known, default, recipe)
+    rounding: Rounding = Nearest()
+    if gptq:
+        order = "activation" if "actorder" in values else "natural"
+        rounding = Gptq(_number(values, "damp=", 0.01, recipe), order, _count(values, "sweeps=", recipe))
+    codec = _grid(kind, bits, group, words, rounding, recipe)
+    for wrapper in reversed(wrappers):
+        if wrapper == "spin":
+            codec = Rotated(codec, _count(values, "seed=", recipe))
+        else:
+            codec = ChannelScaled(codec, _number(values, "exp=", 0.0, recipe) if "exp=" in values else None)
+    return codec
+
+
+def _regrouped(name: str, options: list[str], recipe: str) -> Codec:
+    """The preset of this name with another group in all its stages."""
+    if len(options) != 1 or not _GROUP.fullmatch(options[0]):
+        raise RecipeError(
+            f"only a group can follow the preset {name!r}, not {':'.join(options)!r}, in recipe {recipe!r}",
+            hint=f"e.g. {name}:g64; or write the preset out, {PRESETS[name].recipe}, and change that",
+        )
+    codec = parse(re.sub(rf"(?<=:)({_GROUP.pattern})(?=$|[:+])", options[0], PRESETS[name].recipe))
+    assert codec is not None  # no preset is dense
+    return codec
+
+
+def _grid(kind: str, bits: int, group: int | None, words: set[str], rounding: Rounding, recipe: str) -> Codec:
+    """The codec at the heart of a stage."""
     if kind == "nf":
         return NormalFloat(bits, group, "learned" if "learned" in words else "normal", rounding)
     if {"sym", "asym"} <= words:
@@ -172,40 +220,48 @@ def _parse_stage(stage: str, recipe: str) -> Codec:
     return Uniform(bits, group, symmetric, "search" in words, rounding)
 
 
-def _gptq(options: list[str], recipe: str) -> tuple[list[str], Gptq]:
-    """The rounding of a ``gptq-`` stage, and the options that are not its own."""
+def _values(options: list[str], prefixes: set[str], recipe: str) -> tuple[dict[str, str], list[str]]:
+    """What the options of these prefixes are set to, and the other options."""
     values: dict[str, str] = {}
     rest = []
     for word in options:
-        match = _VALUE.fullmatch(word)
-        name, value = match.groups() if match else ("order", "activation")
-        if match is None and word != "actorder":
+        name, equals, value = word.partition("=")
+        if _OWNERS.get(name + equals) not in prefixes:
             rest.append(word)
-        elif name in values:
+        elif name + equals in values:
             raise RecipeError(f"{recipe!r} gives {name} more than once", hint="keep one of them")
         else:
-            values[name] = value
+            values[name + equals] = value
+    return values, rest
+
+
+def _number(values: dict[str, str], option: str, default: float, recipe: str) -> float:
     try:
-        damping, sweeps = float(values.get("damp", "0.01")), int(values.get("sweeps", "0"))
+        return float(values.get(option, default))
     except ValueError:
-        raise RecipeError(
-            f"damp is a number and sweeps a count, in recipe {recipe!r}", hint="e.g. gptq-int4:damp=0.02:sweeps=2"
-        ) from None
-    return rest, Gptq(damping, values.get("order", "natural"), sweeps)
+        raise RecipeError(f"{option[:-1]} is a number, in recipe {recipe!r}", hint=f"e.g. {option}0.02") from None
+
+
+def _count(values: dict[str, str], option: str, recipe: str) -> int:
+    try:
+        return int(values.get(option, 0))
+    except ValueError:
+        raise RecipeError(f"{option[:-1]} is a count, in recipe {recipe!r}", hint=f"e.g. {option}2") from None
 
 
 def _options(
     options: list[str], known: tuple[str, ...], default: int | None, recipe: str
 ) -> tuple[int | None, set[str]]:
     """The group and the other option words of a stage."""
-    sizes = [word for word in options if re.fullmatch(r"row|g\d{1,9}", word)]
+    sizes = [word for word in options if _GROUP.fullmatch(word)]
     if len(sizes) > 1 or len(set(options)) < len(options):
         raise RecipeError(f"{recipe!r} gives an option more than once", hint="keep one of them, e.g. int4:g32:search")
     words = set(options) - set(sizes)
     for word in words:
-        if word not in known or word in _GPTQ_OPTIONS:
+        owner = _OWNERS.get("".join(word.partition("=")[:2]))
+        if word not in known or owner:
             near = difflib.get_close_matches(word, (*known, "g32", "g64", "g128"), n=1, cutoff=0.5)
-            only = "; it needs a gptq- stage" if word == "actorder" or _VALUE.fullmatch(word) else ""
+            only = f"; it needs {'an' if owner == 'awq-' else 'a'} {owner} stage" if owner else ""
             raise RecipeError(
                 f"{word!r} is not an option here{only}, in recipe {recipe!r}",
                 hint=(f"did you mean {near[0]!r}? " if near else "") + f"options are gSIZE, {', '.join(known)}",
@@ -217,9 +273,12 @@ def _options(
 
 def _unknown_stage(head: str, stage: str, recipe: str) -> RecipeError:
     grids = [*(f"int{b}" for b in range(2, 9)), *(f"nf{b}" for b in range(2, 5))]
-    stems = [*grids, *(f"gptq-{grid}" for grid in grids), *_DENSE_WORDS, "dense"]
-    near = difflib.get_close_matches(stage, [*PRESETS, *stems], n=2, cutoff=0.6)
-    near = near or difflib.get_close_matches(head, [*PRESETS, *stems], n=2, cutoff=0.6)
+    stems = [*grids, *(prefix + grid for prefix in _PREFIXES for grid in grids), *_DENSE_WORDS, "dense"]
+    known = list(dict.fromkeys([*PRESETS, *stems]))
+    misplaced = re.fullmatch(r"gptq-((?:awq-|spin-)+)(\w+)", head)
+    near = [f"{misplaced[1]}gptq-{misplaced[2]}"] if misplaced else []
+    near = near or difflib.get_close_matches(stage, known, n=2, cutoff=0.6)
+    near = near or difflib.get_close_matches(head, known, n=2, cutoff=0.6)
     inside = "" if stage == recipe else f" in recipe {recipe!r}"
     return RecipeError(
         f"{stage!r}{inside} is not a recipe",
@@ -241,12 +300,32 @@ def _words(codec: Codec) -> str | None:
                 words.append("sym" if codec.symmetric else "asym")
             words += ["search"] if codec.search else []
         return prefix + ":".join([*words, *options])
+    if isinstance(codec, ChannelScaled | Rotated):
+        return _prefixed(codec)
     if isinstance(codec, Dense):
         return next(word for word, dtype in _DENSE_WORDS.items() if dtype == codec.dtype)
     if isinstance(codec, Residual) and not isinstance(codec.base, Residual):
         base, rest = _words(codec.base), _words(codec.rest)
         return None if base is None or rest is None else f"{base}+{rest}"
     return None
+
+
+def _prefixed(codec: Codec) -> str | None:
+    """Scaled channels and rotations around a grid in words."""
+    prefix, options, seen = "", [], set()
+    while isinstance(codec, ChannelScaled | Rotated):
+        if type(codec) in seen:
+            return None
+        seen.add(type(codec))
+        if isinstance(codec, Rotated):
+            prefix += "spin-"
+            options += [f"seed={codec.seed}"] if codec.seed else []
+        else:
+            prefix += "awq-"
+            options += [] if codec.exponent is None else [f"exp={codec.exponent!r}"]
+        codec = codec.inner
+    words = _words(codec) if isinstance(codec, Uniform | NormalFloat) else None
+    return None if words is None else ":".join([prefix + words, *options])
 
 
 def _gptq_words(rounding: Gptq) -> list[str]:

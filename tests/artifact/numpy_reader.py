@@ -123,6 +123,13 @@ def decode_matrix(codec: dict[str, Any], fields: dict[str, np.ndarray], rows: in
         base = {name[5:]: field for name, field in fields.items() if name.startswith("base_")}
         rest = {name[5:]: field for name, field in fields.items() if name.startswith("rest_")}
         return decode_matrix(codec["base"], base, rows, columns) + decode_matrix(codec["rest"], rest, rows, columns)
+    if codec["id"] == "channelscaled/1":
+        inner = {name[6:]: field for name, field in fields.items() if name.startswith("inner_")}
+        exponents, fractions = np.divmod(fields["channel_scales"].astype(np.int64), 16)
+        scales = ((16 + fractions) * 2**exponents).astype(np.float32) / np.float32(16)
+        return decode_matrix(codec["inner"], inner, rows, columns) * scales
+    if codec["id"] == "rotated/1":
+        return rotate_back(decode_matrix(codec["inner"], fields, rows, columns), codec["seed"])
     bits = codec["bits"]
     codes = unpack(fields["codes"], bits, columns)
     size = columns if codec["group"] is None else codec["group"]
@@ -142,6 +149,36 @@ def unpack(packed: np.ndarray, bits: int, columns: int) -> np.ndarray:
     """Codes ``[rows, columns]`` of packed rows: a stream of bits per row, least significant first."""
     stream = np.unpackbits(packed, axis=1, bitorder="little")[:, : columns * bits]
     return stream.reshape(len(packed), columns, bits) @ (1 << np.arange(bits))
+
+
+def rotate_back(weight: np.ndarray, seed: int) -> np.ndarray:
+    """Each row w as S1 B1 S2 B2 w (S1 B1 w for a power of two)."""
+    columns = weight.shape[1]
+    size = 1 << (columns.bit_length() - 1)
+    signs = np.array([sign(seed, k) for k in range(2 * columns)], dtype=np.float32)
+    if size < columns:
+        weight = np.hstack([weight[:, :-size], hadamard(weight[:, -size:])]) * signs[columns:]
+    return np.hstack([hadamard(weight[:, :size]), weight[:, size:]]) * signs[:columns]
+
+
+def hadamard(rows: np.ndarray) -> np.ndarray:
+    """Each row times the orthonormal Hadamard matrix of its length, a power of two."""
+    size = rows.shape[1]
+    half = 1
+    while half < size:
+        low = np.array([i for i in range(size) if not i & half], dtype=int)
+        done = np.empty_like(rows)
+        done[:, low], done[:, low + half] = rows[:, low] + rows[:, low + half], rows[:, low] - rows[:, low + half]
+        rows, half = done, 2 * half
+    return rows * np.float32(2.0 ** (-math.log2(size) / 2))
+
+
+def sign(seed: int, k: int) -> float:
+    """The sign of output k of splitmix64."""
+    z = (seed + (k + 1) * 0x9E3779B97F4A7C15) % 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return -1.0 if (z ^ (z >> 31)) >> 63 else 1.0
 
 
 def require(condition: bool, what: str) -> None:

@@ -28,6 +28,8 @@ RECIPES = (
     *(f"nf{bits}:g64" for bits in (2, 3, 4)),
     *(f"nf{bits}:g8:learned" for bits in (2, 3, 4)),
     *("nf3:row", "fp32", "bf16", "fp16", "int4:g16+int2:g16", "int2:g8+nf3:row:learned+int3:g16:sym", "nf2:g8+bf16"),
+    *("awq-int4:g16", "awq-nf3:g8:learned:exp=1.0", "spin-int3:g32", "spin-int8:row:seed=5"),
+    *("awq-spin-gptq-int4:g32:exp=0.3", "spin-awq-int2:g8:exp=0.5+spin-int2:g8:seed=4294967295"),
 )
 ODD = ((1, 1), (1, 8), (3, 7), (5, 33), (7, 64), (2, 257))
 

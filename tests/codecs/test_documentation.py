@@ -31,7 +31,10 @@ def test_presets_and_their_rates() -> None:
     for name, (_, rate) in table.items():
         codec = parse(name)
         assert codec is not None
-        terms = rate.replace("(out·in)", str(out * columns)).replace("/in", f"/{columns}").split(" + ")
+        sizes = {"(out·in)": out * columns, "/in": f"/{columns}", "/out": f"/{out}"}
+        for size, value in sizes.items():
+            rate = rate.replace(size, str(value))
+        terms = rate.split(" + ")
         expected = sum(float(top) / float(bottom or 1) for top, _, bottom in (term.partition("/") for term in terms))
         assert codec.estimate_bits((out, columns)) == expected * out * columns, name
 

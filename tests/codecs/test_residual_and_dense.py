@@ -85,3 +85,12 @@ def test_dense_refuses_what_its_dtype_cannot_hold() -> None:
         Dense("bfloat16").encode(torch.tensor([[3.4e38]]))
     with pytest.raises(RecipeError, match="one of float32, bfloat16, float16, got 'source'"):
         Dense("source")
+
+
+def test_encoding_leaves_the_weight_alone() -> None:
+    """A dense first stage shares the weight's memory."""
+    weight = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    before = weight.clone()
+    codec = Residual(Dense("float32"), Uniform(2, 8))
+    codec.encode(weight)
+    assert torch.equal(weight, before)

@@ -23,7 +23,8 @@ class Case:
 
     ``portable`` is False where the encoder iterates on floating-point sums, whose last bit depends on the width of the
     machine's vectors: searches and learned levels. Decoding is exact everywhere. ``calibrated`` cases need statistics
-    to encode; ``encode`` gives them some.
+    to encode; ``encode`` gives them some. ``constants`` is False where
+    a constant row does not stay one on its way to the grid.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Case:
     rms: float
     portable: bool = True
     calibrated: bool = False
+    constants: bool = True
 
     @property
     def codec(self) -> Codec:
@@ -65,12 +67,33 @@ def _gptq(case: Case, **options: Any) -> Case:
     return Case(name, {**case.config, "rounding": rounding}, 1.4 * case.rms, portable=False, calibrated=True)
 
 
+def _channelscaled(case: Case, exponent: float | None) -> Case:
+    """The case with scaled channels. The weight's error is larger: inputs of little power carry more of it."""
+    config = {"id": "channelscaled/1", "inner": case.config, "exponent": exponent}
+    name = f"{case.name}-{'searched' if exponent is None else exponent}"
+    return Case(name, config, 1.6 * case.rms, portable=False, calibrated=True, constants=False)
+
+
+def _rotated(case: Case, seed: int) -> Case:
+    """The case with rotated inputs: what is normal stays so."""
+    config = {"id": "rotated/1", "inner": case.config, "seed": seed}
+    return Case(f"{case.name}-{seed}", config, case.rms, case.portable, case.calibrated, constants=False)
+
+
 _INT4 = {"id": "uniform/1", "bits": 4, "group": 16, "symmetric": False, "search": False}
 _INT2 = {**_INT4, "bits": 2}
 _GPTQ = {"name": "gptq", "damping": 0.01, "order": "natural", "sweeps": 0}
 _NF4 = {"id": "normalfloat/1", "bits": 4, "group": 16, "levels": "learned"}
 
+_SUM = Case("int4+int2", {"id": "residual/1", "base": _INT4, "rest": _INT2}, 0.027)
+
 CASES: dict[str, tuple[Case, ...]] = {
+    "channelscaled/1": (
+        _channelscaled(_uniform("int4-g32", 4, 32), None),
+        _channelscaled(_uniform("int3-g128-sym", 3, 128, symmetric=True), 0.5),
+        _channelscaled(_gptq(_normalfloat("nf4-row-learned", 4, None, "learned", 0.12)), 0.25),
+        _channelscaled(_rotated(_SUM, 1), None),
+    ),
     "dense/1": (
         Case("float32", {"id": "dense/1", "dtype": "float32"}, 0.0),
         Case("bfloat16", {"id": "dense/1", "dtype": "bfloat16"}, 2**-8),
@@ -84,7 +107,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         _gptq(_normalfloat("nf4-g64-learned", 4, 64, "learned", 0.12)),
     ),
     "residual/1": (
-        Case("int4+int2", {"id": "residual/1", "base": _INT4, "rest": _INT2}, 0.027),
+        _SUM,
         Case(
             "int2+nf4+int2",
             {"id": "residual/1", "base": _INT2, "rest": {"id": "residual/1", "base": _NF4, "rest": _INT2}},
@@ -98,6 +121,12 @@ CASES: dict[str, tuple[Case, ...]] = {
             portable=False,
             calibrated=True,
         ),
+    ),
+    "rotated/1": (
+        _rotated(_uniform("int4-g32", 4, 32), 0),
+        _rotated(_normalfloat("nf3-g64", 3, 64, "normal", 0.22), 7),
+        _rotated(_gptq(_uniform("int4-g128", 4, 128)), 1),
+        _rotated(_channelscaled(_rotated(_uniform("int5-row", 5, None), 2), 0.5), 3),
     ),
     "uniform/1": (
         _uniform("int2-g8-search", 2, 8, search=True),

@@ -157,6 +157,8 @@ def test_zeros_stay_zero(case: Case) -> None:
 @pytest.mark.parametrize("case", ALL)
 @pytest.mark.parametrize("value", [0.25, -1.0, 0.1, 3e-5, 1e-7, 6e4])
 def test_constants_are_kept(case: Case, value: float) -> None:
+    if not case.constants:
+        pytest.skip("what reaches the grid is not constant")
     decoded = case.codec.decode(case.encode(torch.full((3, 50), value)))
     # FP16 parameters: half a unit of 2^-10 relative, or of the smallest subnormal times the largest code multiplier.
     torch.testing.assert_close(decoded, torch.full((3, 50), value), rtol=2**-7, atol=2**-24 * 128)
@@ -250,7 +252,7 @@ def test_damaged_payloads_are_refused(case: Case) -> None:
             with pytest.raises(InvalidPayloadError):
                 codec.decode(broken)
             with pytest.raises(InvalidPayloadError):
-                codec.rows(torch.tensor([0]), broken)
+                codec.rows(torch.tensor([0]), codec.prepare(broken))
     for shape in ((7, 40), (6, 400), (-6, -40), (0, 0), (6 << 40, 40 << 40)):
         with pytest.raises(InvalidPayloadError):
             codec.decode(dataclasses.replace(payload, shape=shape))

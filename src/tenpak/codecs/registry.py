@@ -26,9 +26,11 @@ __all__ = ["ENTRY_POINT_GROUP", "from_json", "get", "ids"]
 ENTRY_POINT_GROUP = "tenpak.codecs"
 
 _BUILTIN = (
+    ("channelscaled/1", "tenpak.codecs.channelscaled:ChannelScaled"),
     ("dense/1", "tenpak.codecs.dense:Dense"),
     ("normalfloat/1", "tenpak.codecs.normalfloat:NormalFloat"),
     ("residual/1", "tenpak.codecs.residual:Residual"),
+    ("rotated/1", "tenpak.codecs.rotated:Rotated"),
     ("uniform/1", "tenpak.codecs.uniform:Uniform"),
 )
 

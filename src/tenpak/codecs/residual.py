@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -22,6 +22,13 @@ from tenpak.errors import InvalidPayloadError, RecipeError
 __all__ = ["Residual"]
 
 _MOST_STAGES = 16  # more bring nothing, and a hostile configuration must not nest without end
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    payload: Payload
+    base: Any
+    rest: Any
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,7 @@ class Residual(Codec):
         """
         require_matrix(weight)
         base = self.base.encode(weight, statistics)
-        remainder = self.base.decode(base).neg_().add_(weight)
+        remainder = weight - self.base.decode(base)  # a decoded weight may share memory with the weight: never in place
         rest = self.rest.encode(remainder, statistics)
         tensors = {f"base_{name}": tensor for name, tensor in base.tensors.items()}
         tensors |= {f"rest_{name}": tensor for name, tensor in rest.tensors.items()}
@@ -100,10 +107,18 @@ class Residual(Codec):
         base, rest = self._stages(payload)
         return self.base.decode(base) + self.rest.decode(rest)
 
-    def rows(self, indices: Tensor, prepared: Payload) -> Tensor:
+    def prepare(self, payload: Payload) -> _Prepared:
+        """The payload, and the runtime forms of both stages."""
+        base, rest = self._stages(payload)
+        return _Prepared(payload, self.base.prepare(base), self.rest.prepare(rest))
+
+    def matmul(self, x: Tensor, prepared: _Prepared) -> Tensor:
+        """``x @ W.T`` for ``x`` of shape ``[..., in]``, with the sum: a product for each stage would cost twice."""
+        return super().matmul(x, prepared.payload)
+
+    def rows(self, indices: Tensor, prepared: _Prepared) -> Tensor:
         """Rows ``indices`` of the sum, FP32 ``[*indices.shape, in]``."""
-        base, rest = self._stages(prepared)
-        return self.base.rows(indices, base) + self.rest.rows(indices, rest)
+        return self.base.rows(indices, prepared.base) + self.rest.rows(indices, prepared.rest)
 
     def _stages(self, payload: Payload) -> tuple[Payload, Payload]:
         """The payloads of the stages; each stage checks its own."""

@@ -1,4 +1,4 @@
-"""A 1.1-billion-parameter random Llama in BF16: memory and time of compress, verify, inspect and of using it.
+"""A 1.1-billion-parameter random Llama in BF16: memory and time of the commands and of using it.
 
 The checkpoint is written tensor by tensor, so that this needs little memory itself. Every command runs in a process of
 its own; the peak is what the kernel counted for it (``ru_maxrss``: mapped pages included).
@@ -7,6 +7,7 @@ its own; the peak is what the kernel counted for it (``ru_maxrss``: mapped pages
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,9 @@ CONFIG = {
     "num_key_value_heads": 4, "vocab_size": 32000, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+
+# What is read of the calibration text.
+WINDOWS, WINDOW = 16, 512
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
@@ -58,10 +62,25 @@ def write_model(folder: Path) -> int:
     return sum(torch.Size(shape).numel() for shape in tensors.values())
 
 
+def write_text(folder: Path, text: Path) -> None:
+    """A tokenizer of one token a word for the model, and a text of random words, a little more than is read of it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({f"w{number}": number for number in range(32000)}, "w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    words = torch.randint(32000, (WINDOWS * WINDOW + 100,), generator=torch.Generator().manual_seed(1))
+    text.write_text(" ".join(f"w{word}" for word in words.tolist()))
+
+
 def run() -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="tenpak-large-") as folder:
         source, out = Path(folder) / "model", Path(folder) / "artifact"
         parameters = write_model(source)
+        text = Path(folder) / "text.txt"
+        write_text(source, text)
+        calibrated = calibrate(source, text, Path(folder))
         dry = measure("compress", str(source), "--dry-run", "--json")
         commands = {
             "compress": measure("compress", str(source), "-o", str(out), "--evaluation", "none", "--json"),
@@ -85,8 +104,33 @@ def run() -> dict[str, Any]:
         "predicted_peak_memory": predicted["memory"],
         "predicted_seconds": predicted["seconds"],
         "encode_and_write_seconds": report["seconds"],
+        "calibrated": calibrated,
         "commands": commands,
         "resident": {name: {**found.to_json(), "model": found.model} for name, found in resident.items()},
+    }
+
+
+def calibrate(source: Path, text: Path, folder: Path) -> dict[str, Any]:
+    """GPTQ with the default propagation, on a few windows; and the statistics of a full calibration."""
+    read = ("--calibration", str(text), "--calibration-tokens", str(WINDOWS * WINDOW))
+    read += ("--calibration-window", str(WINDOW))
+    recipe = ("--recipe", "gptq-int4:g128")
+    dry = measure("compress", str(source), *recipe, *read, "--dry-run", "--json")
+    predicted = json.loads(dry.pop("stdout"))
+    out = folder / "calibrated"
+    done = measure("compress", str(source), "-o", str(out), *recipe, *read, "--evaluation", "none", "--json")
+    report = json.loads(done.pop("stdout"))
+    shutil.rmtree(out)
+    statistics = measure("calibrate", str(source), "-o", str(folder / "statistics"), *read, "--json")
+    size = json.loads(statistics.pop("stdout"))["bytes"]
+    shutil.rmtree(folder / "statistics")
+    return {
+        "recipe": report["recipe"],
+        "windows": WINDOWS,
+        "window": WINDOW,
+        "predicted_peak_memory": predicted["memory"],
+        "compress": done,
+        "calibrate": {**statistics, "bytes": size},
     }
 
 

@@ -1,7 +1,7 @@
-"""Every preset on every model at hand: bytes, ratio, perplexity, KL, measured on the artifact in a fresh process.
+"""Presets on the models at hand: bytes, ratio, perplexity, KL, measured on the artifact in a fresh process.
 
-The bundled model is measured on its own evaluation text; where the shared models and texts are there too, they are
-measured as well. Windows of 256 tokens, which is what these models were trained on.
+The bundled model is measured with every preset on its own evaluation text; where the shared models and texts are there
+too, they are measured with a few. Windows of 256 tokens, which is what these models were trained on.
 """
 
 from __future__ import annotations
@@ -21,13 +21,22 @@ from environment import ROOT
 from tenpak.recipes import PRESETS
 
 WINDOW = 256
-# Beyond the presets: what rounding with feedback does at the same bytes.
+# Beyond the presets: what rounding with feedback does at the same bytes, and what propagation adds to it.
 CALIBRATED = {
-    "int4-g32, gptq": "gptq-int4:g32",
-    "int4-g32, gptq, search, sweeps": "gptq-int4:g32:search:sweeps=2",
-    "int3-g32, gptq": "gptq-int3:g32",
-    "int3-g32, gptq, search, sweeps": "gptq-int3:g32:search:sweeps=2",
+    "int4-g32, gptq": ("gptq-int4:g32", ()),
+    "int4-g32, gptq, no propagation": ("gptq-int4:g32", ("--propagation", "none")),
+    "int4-g32, gptq, search, sweeps": ("gptq-int4:g32:search:sweeps=2", ()),
+    "int3-g32, gptq": ("gptq-int3:g32", ()),
+    "int3-g32, gptq, no propagation": ("gptq-int3:g32", ("--propagation", "none")),
+    "int3-g32, gptq, search, sweeps": ("gptq-int3:g32:search:sweeps=2", ()),
 }
+# What the models that do not ship with the project are measured with.
+FEW = ("int4-g32", "int3-g32", *CALIBRATED)
+
+
+def shared() -> Path:
+    """The folder of models and texts that are not part of the repository."""
+    return Path(os.environ.get("TENPAK_SHARED", ROOT.parent / "shared"))
 
 
 def cases() -> dict[str, tuple[Path, Path, Path]]:
@@ -35,33 +44,36 @@ def cases() -> dict[str, tuple[Path, Path, Path]]:
     bundled = ROOT / "models" / "tinystories-3.7m"
     own = bundled / "texts"
     found = {"tinystories-3.7m, own text": (bundled, own / "calibration.txt", own / "evaluation.txt")}
-    shared = Path(os.environ.get("TENPAK_SHARED", ROOT.parent / "shared"))
-    stories = shared / "data" / "tinystories_train.txt", shared / "data" / "tinystories_eval.txt"
+    stories = shared() / "data" / "tinystories_train.txt", shared() / "data" / "tinystories_eval.txt"
     if all(path.is_file() for path in stories):
         for name in ("babyllama-tok105-0.94m", "stories260k"):
-            if (shared / "models" / name).is_dir():
-                found[f"{name}, stories"] = (shared / "models" / name, *stories)
+            if (shared() / "models" / name).is_dir():
+                found[f"{name}, stories"] = (shared() / "models" / name, *stories)
         found["tinystories-3.7m, stories"] = (bundled, *stories)
+    else:
+        print(f"no shared models and texts at {shared()}: only the bundled model is measured", file=sys.stderr)
     return found
 
 
 def run() -> Iterator[dict[str, Any]]:
     """The results so far, after each case: a run that is stopped has measured something."""
     results: dict[str, dict[str, Any]] = {}
-    recipes = {**{name: preset.recipe for name, preset in PRESETS.items()}, **CALIBRATED}
-    for case, paths in cases().items():
+    recipes = {**{name: (preset.recipe, ()) for name, preset in PRESETS.items()}, **CALIBRATED}
+    for number, (case, paths) in enumerate(cases().items()):
+        chosen = recipes if number == 0 else {name: recipes[name] for name in FEW}
         # One command at a time per core, one thread each: most of a command is starting.
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            found = pool.map(lambda recipe, paths=paths: measure(recipe, *paths), recipes.values())
-            results[case] = dict(zip(recipes, found, strict=True))
+            found = pool.map(lambda row, paths=paths: measure(*row, *paths), chosen.values())
+            results[case] = dict(zip(chosen, found, strict=True))
         yield {"window": WINDOW, "cases": results}
 
 
-def measure(recipe: str, model: Path, calibration: Path, text: Path) -> dict[str, Any]:
+def measure(recipe: str, options: tuple[str, ...], model: Path, calibration: Path, text: Path) -> dict[str, Any]:
     """Compress and evaluate, each in a process of its own."""
     with tempfile.TemporaryDirectory(prefix="tenpak-quality-") as folder:
         out = Path(folder) / "artifact"
-        tenpak("compress", model, "-o", out, "--recipe", recipe, "--calibration", calibration, "--evaluation", "none")
+        read = ("--calibration", calibration, "--calibration-window", str(WINDOW), *options)
+        tenpak("compress", model, "-o", out, "--recipe", recipe, *read, "--evaluation", "none")
         found = tenpak("evaluate", out, "--against", model, "--text", text, "--window", str(WINDOW))
     print(f"{model.name}: {recipe}: {found['bpw']:.3f} bpw, KL {found['kl']:.5f}", file=sys.stderr)
     return {"recipe": recipe, **found}

@@ -137,6 +137,24 @@ def resident() -> str:
     )
 
 
+def peers() -> str:
+    """GPTQ here and in llm-compressor."""
+    return table(
+        ("model, group", "columns", "KL", "llm-compressor's KL", "ratio", "seconds", "llm-compressor's seconds"),
+        (
+            (
+                case,
+                way,
+                *(f"{r[name]['kl']:.5f} ± {r[name]['kl_se']:.5f}" for name in ("tenpak", "llm-compressor")),
+                f"{r['kl_ratio']:.3f} ± {r['kl_ratio_se']:.3f}",
+                *(f"{r[name]['seconds']['inside']['median']:.1f}" for name in ("tenpak", "llm-compressor")),
+            )
+            for case, found in load("peers")["cases"].items()
+            for way, r in found["ways"].items()
+        ),
+    )
+
+
 def machine() -> str:
     """Where and when."""
     lines = []
@@ -171,6 +189,7 @@ TABLES = {
     "large": large,
     "footprint": footprint,
     "resident": resident,
+    "peers": peers,
     "machine": machine,
 }
 

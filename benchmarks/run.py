@@ -1,6 +1,7 @@
 """`make bench`: run the benchmarks (all, or those named) and write ``benchmarks/results/<name>.json``.
 
-    python benchmarks/run.py [speed] [footprint] [large] [quality]
+    python benchmarks/run.py [speed] [footprint] [large] [quality] [ablation]
+    python benchmarks/run.py peers              by name only: installs another library, takes half an hour
 
 Then ``python benchmarks/render.py`` renders the tables that README and docs show.
 """
@@ -9,23 +10,33 @@ from __future__ import annotations
 
 import sys
 
+import ablation
 import footprint
 import large
+import peers
 import quality
 import speed
 from environment import write
 
-BENCHMARKS = {"speed": speed.run, "footprint": footprint.run, "large": large.run, "quality": quality.run}
+BENCHMARKS = {
+    "speed": speed.run,
+    "footprint": footprint.run,
+    "large": large.run,
+    "quality": quality.run,
+    "ablation": ablation.run,
+}
+BY_NAME_ONLY = {"peers": peers.run}
 
 
 def main() -> None:
     names = sys.argv[1:] or list(BENCHMARKS)
-    unknown = [name for name in names if name not in BENCHMARKS]
+    known = {**BENCHMARKS, **BY_NAME_ONLY}
+    unknown = [name for name in names if name not in known]
     if unknown:
-        sys.exit(f"no benchmark {unknown[0]!r}; there are {', '.join(BENCHMARKS)}")
+        sys.exit(f"no benchmark {unknown[0]!r}; there are {', '.join(known)}")
     for name in names:
         print(f"{name} …", file=sys.stderr)
-        result = BENCHMARKS[name]()
+        result = known[name]()
         for part in [result] if isinstance(result, dict) else result:
             print(write(name, part))
 

@@ -59,7 +59,7 @@ Forked = Callable[..., tuple[int, str]]
 
 @pytest.fixture(scope="module")
 def forked() -> Iterator[Forked]:
-    """``forked(*arguments, number=signal, delay=seconds, limit=bytes, repeat=…)`` → exit code and stderr of a process."""
+    """``forked(*arguments, number=signal, delay=seconds, limit=bytes, repeat=…)`` → exit code and stderr."""
     command = [sys.executable, "-c", FORKER]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
 

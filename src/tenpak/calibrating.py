@@ -6,7 +6,6 @@ fixed seed. The model runs in FP32, a block at a time.
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,12 +19,12 @@ from tenpak.calibration.choice import Text, choose_text
 from tenpak.calibration.collect import Progress, collect
 from tenpak.calibration.heuristics import guess_curvature
 from tenpak.calibration.skeleton import Skeleton
-from tenpak.calibration.statistics import Origin, StatisticsFolder, write_part, write_table
+from tenpak.calibration.statistics import Origin, StatisticsFolder, claim_folder, write_part, write_table
 from tenpak.calibration.sums import Sums
 from tenpak.calibration.text import context_length, sample_text, tokenize
 from tenpak.checkpoint.source import source_sha256
 from tenpak.checkpoint.structure import Weight
-from tenpak.errors import CalibrationError, OutputExistsError
+from tenpak.errors import CalibrationError
 from tenpak.evaluation.evaluate import load_original, load_tokenizer
 from tenpak.job import Job, open_job
 
@@ -136,16 +135,7 @@ def calibrate(
         OutputExistsError: ``out`` exists.
     """
     out = Path(out)
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
-        try:
-            StatisticsFolder(out)
-        except CalibrationError:
-            raise OutputExistsError(
-                f"{out} exists and holds no statistics", hint="choose another -o; only statistics are ever replaced"
-            ) from None
-        if not overwrite:
-            raise OutputExistsError(f"{out} exists", hint="choose another -o, or pass --overwrite")
-        shutil.rmtree(out)
+    claim_folder(out, overwrite=overwrite)
     job = open_job(source, "dense", (), revision=revision, trust_remote_code=trust_remote_code)
     reading = read_text(job, calibration, tokens=tokens, window=window, trust_remote_code=trust_remote_code)
     warn_if_short(reading, [entry.weight for entry in job.plan.entries if entry.weight.kind != "dense"])

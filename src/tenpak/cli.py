@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import time
 import warnings
 from pathlib import Path
 from types import FrameType
@@ -144,6 +145,7 @@ def calibrate(
     from tenpak.report.rows import statistics_json, statistics_rows
 
     _quiet()
+    started = time.perf_counter()
     with progress_bar("tokens") as update:
         found = run(
             model,
@@ -158,7 +160,7 @@ def calibrate(
             trust_remote_code=trust_remote_code,
             progress=lambda done, total: update("calibrating", done, total),
         )
-    content = statistics_json(found)
+    content = {**statistics_json(found), "seconds": time.perf_counter() - started}
     print_result(content, as_json, statistics_rows(content), str(out_folder))
 
 
@@ -166,6 +168,7 @@ def calibrate(
 def merge(
     statistics: Annotated[list[Path], typer.Argument(metavar="STATISTICS...", help="folders of `tenpak calibrate`")],
     out_folder: Annotated[Path, typer.Option("-o", "--out", help="folder to write")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the statistics at -o")] = False,
     as_json: Json = False,
 ) -> None:
     """Merge statistics of several texts, or of shards of one."""
@@ -173,7 +176,7 @@ def merge(
     from tenpak.calibration.statistics import merge as run
     from tenpak.report.rows import statistics_json, statistics_rows
 
-    run(statistics, out_folder)
+    run(statistics, out_folder, overwrite=overwrite)
     content = statistics_json(StatisticsFolder(out_folder))
     print_result(content, as_json, statistics_rows(content), str(out_folder))
 

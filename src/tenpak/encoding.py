@@ -29,6 +29,7 @@ __all__ = [
     "encode_entries",
     "encode_unit",
     "require_finite",
+    "unit_statistics",
 ]
 
 Lookup = Callable[[Weight], Sequence[Statistics | None]]
@@ -105,7 +106,7 @@ def encode_unit(
         for matrix, known in zip(matrices, found, strict=True):
             target = matrix.T if weight.transposed else matrix
             if statistics is not None and (known is None or known.metric is None):
-                known = _unit(target.shape[1])
+                known = unit_statistics(target.shape[1])
             elif known is not None:
                 target = corrected(target, known)
             payloads.append(codec.encode(target, known))
@@ -144,7 +145,7 @@ def require_finite(name: str, tensor: Tensor) -> None:
         )
 
 
-def _unit(columns: int) -> Statistics:
+def unit_statistics(columns: int) -> Statistics:
     """Statistics of inputs of which nothing is known."""
     ones = torch.ones(columns)
     return Statistics(count=0, hessian=torch.eye(columns), mean=torch.zeros(columns), mean_abs=ones)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +17,17 @@ from tenpak.artifact.schema import CODES_SUFFIX
 from tenpak.artifact.sizes import Sizes
 from tenpak.artifact.writer import MAX_SHARD_BYTES, predicted_bytes
 from tenpak.calibrating import DEFAULT_TOKENS
+from tenpak.calibration.activations import SPILL_BYTES
 from tenpak.checkpoint.header import DTYPE_BYTES
 from tenpak.checkpoint.source import tensor_sha256
+from tenpak.encoding import unit_statistics
 from tenpak.job import open_job
 from tenpak.kernels.parallel import worker_count
 
 __all__ = ["Prediction", "predict"]
+
+_BLOCK = re.compile(r"^.*?\.\d+\.")
+_BATCH_BYTES = 256 << 20  # what a batch of windows takes on its way through a block
 
 
 @dataclass(frozen=True)
@@ -92,11 +98,15 @@ def predict(
         # Per worker the tensor itself, its payload as fields and as one blob, and the encoder's tiles.
         memory=psutil.Process().memory_info().rss
         + worker_count() * (largest + 2 * payload + (32 << 20))
-        + _calibration_memory(entries, job.plan.parameters),
+        + _calibration_memory(entries, calibration_tokens, _hidden_size(job.config), both=propagation == "original"),
         disk=total + min(total, max_shard_bytes) + (1 << 20),
         seconds=_trial(entries, total),
         dense={e.weight.name: e.reason for e in entries if e.codec is None},
     )
+
+
+def _hidden_size(config: Any) -> int:
+    return int(getattr(config.get_text_config(), "hidden_size", 0) or 0)
 
 
 def _trial(entries: Sequence[PlanEntry], total: int) -> float:
@@ -109,16 +119,35 @@ def _trial(entries: Sequence[PlanEntry], total: int) -> float:
     hashing = (time.perf_counter() - started) / (sample.numel() * 4)
     seconds += hashing * sum(e.weight.numel * DTYPE_BYTES[e.weight.dtype] for e in entries)
     for codec in {e.codec for e in entries if e.codec is not None}:
-        codec.encode(sample[:8])  # the first call of anything in torch is slow
+        known = unit_statistics(sample.shape[1]) if codec.needs_statistics else None
+        codec.encode(sample[:8], known)  # the first call of anything in torch is slow
         started = time.perf_counter()
-        codec.encode(sample)
+        codec.encode(sample, known)
         per_weight = (time.perf_counter() - started) / sample.numel()
         seconds += per_weight * sum(e.weight.numel for e in entries if e.codec == codec)
     return seconds
 
 
-def _calibration_memory(entries: Sequence[PlanEntry], parameters: int) -> int:
-    """Bytes that calibration holds: the model in FP32, and for every layer's inputs a Hessian in FP64 and in FP32."""
-    widths = [e.weight.matrix_shape[1] for e in entries if e.codec is not None and e.codec.needs_statistics]
-    # Layers that share an input are counted each: which do is only known once the model runs.
-    return 4 * parameters + sum(12 * width * width for width in widths) if widths else 0
+def _calibration_memory(entries: Sequence[PlanEntry], tokens: int, hidden: int, *, both: bool) -> int:
+    """Bytes that calibration holds at its peak, which is while the widest weight of a block is encoded.
+
+    Args:
+        entries: of the plan.
+        tokens: of the text that are read.
+        hidden: width of the hidden states.
+        both: whether the original model is followed beside the compressed one.
+    """
+    needing = [e.weight for e in entries if e.codec is not None and e.codec.needs_statistics]
+    if not needing:
+        return 0
+    blocks: dict[str, int] = {}
+    for entry in entries:
+        block = _BLOCK.search(entry.weight.parameter)
+        key = block[0] if block else entry.weight.name
+        blocks[key] = blocks.get(key, 0) + 4 * entry.weight.numel
+    inputs = {w.matrix_shape[1] for w in needing}
+    # Hidden states of both models, and the original's inputs of the steps of a block.
+    states = 4 * tokens * ((2 * hidden + 3 * min(inputs)) if both else hidden)
+    # Sums in FP64 and two workers' in FP32, then the Hessian as it is factored: about as much.
+    sums = max(8 * n * n + 8 * n * max(n if both else 0, 0) // 2 + worker_count() * 6 * n * n for n in inputs)
+    return max(blocks.values()) + min(states, SPILL_BYTES) + sums + _BATCH_BYTES

@@ -130,7 +130,7 @@ class _Models:
         with compressed.holding(parameters):
             for number, step in enumerate(steps):
                 if any(item.number not in finished for item in step.items):
-                    self._encode(step, self._observe(block, number, step), finished)
+                    self._encode(step, self._observe(block, number, step).statistics(), finished)
                 else:
                     self.walk.work.reused.extend(item.entry.weight.name for item in step.items)
                 for item in step.items:
@@ -265,9 +265,8 @@ class _Models:
             total.add(sums)
         return total
 
-    def _encode(self, step: _Step, sums: Sums, finished: set[int]) -> None:
+    def _encode(self, step: _Step, statistics: Mapping[Key, Statistics], finished: set[int]) -> None:
         """Encode those tensors of a step that are not finished."""
-        statistics = sums.statistics()
         before = rows_before([item.entry.weight for item in step.items])
         known = {
             item.number: self._known(item.entry.weight, statistics, before.get(item.entry.weight.name, 0))

@@ -49,7 +49,9 @@ class Activations:
         self.discard(key)
         size = value.numel() * value.element_size()
         if self._bytes + size <= self._limit:
-            self._held[key] = value
+            # A copy made by the caller's thread: what stays would else be strewn over the heaps of the workers, among
+            # what they need for a moment only, and keep twice its size from being given back.
+            self._held[key] = value.clone()
             self._bytes += size
             return
         try:

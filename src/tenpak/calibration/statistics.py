@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -30,12 +31,13 @@ from tenpak.calibration.skeleton import OUTSIDE
 from tenpak.calibration.sums import InputSums, Key, Sums
 from tenpak.checkpoint.structure import Weight
 from tenpak.codecs.base import Statistics
-from tenpak.errors import CalibrationError
+from tenpak.errors import CalibrationError, OutputExistsError
 
 __all__ = [
     "FILE_NAME",
     "Origin",
     "StatisticsFolder",
+    "claim_folder",
     "experts",
     "merge",
     "part_name",
@@ -296,11 +298,29 @@ def pooled(statistics: Sequence[Statistics]) -> Statistics | None:
     return Statistics(count=total, **{name: mean(name) for name in names})
 
 
-def merge(folders: Sequence[str | Path], out: str | Path) -> Origin:
+def claim_folder(out: Path, *, overwrite: bool) -> None:
+    """Make room for statistics at ``out``.
+
+    Raises:
+        OutputExistsError: something is there that may not be replaced.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / FILE_NAME).is_file():
+        raise OutputExistsError(
+            f"{out} exists and holds no statistics", hint="choose another -o; only statistics are ever replaced"
+        )
+    if not overwrite:
+        raise OutputExistsError(f"{out} exists", hint="choose another -o, or pass --overwrite")
+    shutil.rmtree(out)
+
+
+def merge(folders: Sequence[str | Path], out: str | Path, *, overwrite: bool = False) -> Origin:
     """Merge statistics of several texts, or shards of one, into a new folder.
 
     Raises:
         CalibrationError: they are of different models or were collected in different ways.
+        OutputExistsError: ``out`` exists.
     """
     opened = [StatisticsFolder(folder) for folder in folders]
     first = opened[0].origin
@@ -313,6 +333,7 @@ def merge(folders: Sequence[str | Path], out: str | Path) -> Origin:
                     hint="merge statistics of one model that were collected in one way",
                 )
     out = Path(out)
+    claim_folder(out, overwrite=overwrite)
     out.mkdir(parents=True, exist_ok=True)
     for number in opened[0].parts:
         sums = Sums()

@@ -83,6 +83,8 @@ def statistics_rows(content: dict[str, Any]) -> list[tuple[str, str]]:
     if content["experts"]:
         fewest = min(min(counts) for counts in content["experts"].values())
         rows.append(("experts", f"the least fed saw {fewest} tokens"))
+    if "seconds" in content:
+        rows.append(("time", f"{content['seconds']:.1f} s"))
     return rows
 
 

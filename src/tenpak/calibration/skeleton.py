@@ -17,8 +17,8 @@ Embeddings are the largest matrices of many models, and past boundary 0 only the
 the hidden states are given. ``forget_embedding`` then lets zeros take their place, after making sure on an example that
 blocks are called with the same arguments all the same.
 
-This asks that a block depends on the blocks before it through its input only. Models whose blocks hand on more (values
-shared between layers) are noticed by that and must run as a whole, ``run(ids, None, None)`` with every block loaded.
+This asks that a block depends on the blocks before it through its input only. The few models whose blocks share more
+(keys and values, as in Gemma 3n) fail in their own way, which is told.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from __future__ import annotations
 import inspect
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
+from tenpak.calibration.calls import hidden_of, replaced, same_but_hidden
 from tenpak.checkpoint.source import Checkpoint
 from tenpak.checkpoint.structure import Weight, build_meta_model
 from tenpak.errors import CalibrationError
@@ -234,7 +234,7 @@ class Skeleton:
             with torch.no_grad():
                 self._run(ids, run)
             calls.append(run.call)
-        if self.embedding is None or not _same_but_hidden(*calls):
+        if self.embedding is None or not same_but_hidden(*calls):
             self._empty = None
             return
         self.drop([self.embedding])
@@ -250,6 +250,12 @@ class Skeleton:
             logits: Tensor = self.model(input_ids=ids, use_cache=False, **call).logits
         except _Reached as reached:
             return reached.hidden
+        except (LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+            first = (str(error).splitlines() or [""])[0]
+            raise CalibrationError(
+                f"{type(self.model).__name__} does not run block by block: {type(error).__name__}: {first}",
+                hint="choose recipes that need no statistics, such as int4:g32, for a model of this kind",
+            ) from error
         finally:
             self._current.run = None
         return logits
@@ -285,14 +291,14 @@ class Skeleton:
             assert run is not None, "blocks of a skeleton run through Skeleton.run only"
             if run.stop is not None and index >= run.stop:
                 run.call = args, kwargs
-                raise _Reached(_hidden(args, kwargs))
+                raise _Reached(hidden_of(args, kwargs))
             start = run.start or 0
             run.past = index == last
             if index < start:
                 given = run.hidden if index == last else None
-                return self._formatted(_hidden(args, kwargs) if given is None else given)
+                return self._formatted(hidden_of(args, kwargs) if given is None else given)
             if index == run.start and run.hidden is not None:
-                args, kwargs = _replaced(args, kwargs, run.hidden)
+                args, kwargs = replaced(args, kwargs, run.hidden.clone())  # a block may work in place
             output = forward(*args, **kwargs)
             self._learn_format(output)
             if index == last and run.stop == len(self.blocks):
@@ -309,7 +315,8 @@ class Skeleton:
             output = forward(*args, **kwargs)
             run = self._current.run
             if run is not None and run.watch and run.embedded is None:
-                output = run.embedded = output.detach().requires_grad_()
+                run.embedded = output.detach().requires_grad_()
+                return run.embedded.clone()
             return output
 
         return call
@@ -372,27 +379,3 @@ def _find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
         )
     path, blocks = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
     return path, list(blocks)
-
-
-def _hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The hidden states among a block's arguments: the first, or the one of that name."""
-    found: Tensor = args[0] if args else kwargs["hidden_states"]
-    return found
-
-
-def _replaced(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
-
-
-def _same_but_hidden(first: tuple[Any, Any], second: tuple[Any, Any]) -> bool:
-    """Whether a block was called with the same arguments twice, hidden states aside."""
-
-    def rest(call: tuple[Any, Any]) -> tuple[list[Any], Any]:
-        args, kwargs = call
-        return tree_flatten((args[1:], kwargs) if args else {k: v for k, v in kwargs.items() if k != "hidden_states"})
-
-    (leaves, form), (others, other_form) = rest(first), rest(second)
-    return form == other_form and all(
-        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
-        for a, b in zip(leaves, others, strict=True)
-    )

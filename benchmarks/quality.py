@@ -76,7 +76,7 @@ def measure(recipe: str, options: tuple[str, ...], model: Path, calibration: Pat
         tenpak("compress", model, "-o", out, "--recipe", recipe, *read, "--evaluation", "none")
         found = tenpak("evaluate", out, "--against", model, "--text", text, "--window", str(WINDOW))
     print(f"{model.name}: {recipe}: {found['bpw']:.3f} bpw, KL {found['kl']:.5f}", file=sys.stderr)
-    return {"recipe": recipe, **found}
+    return {"recipe": recipe, "options": list(options), **found}
 
 
 def tenpak(*arguments: str | Path) -> dict[str, Any]:

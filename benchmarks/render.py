@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ("README.md", "docs/measurements.md", "docs/calibration.md")
 HEADLINE = "tinystories-3.7m, own text"
+_BASE = "gptq, propagation original (the default)"
 _SLOT = re.compile(r"(<!-- table: ([a-z]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
@@ -50,7 +51,7 @@ def calibration() -> str:
         ("recipe", "bits per weight", "perplexity", "KL", "of nearest's"),
         (
             (
-                f"`{r['recipe']}`",
+                _recipe(r),
                 f"{r['bpw']:.2f}",
                 f"{r['ppl_increase']:+.2%} ± {r['ppl_increase_se']:.2%}",
                 f"{r['kl']:.5f} ± {r['kl_se']:.5f}",
@@ -60,6 +61,23 @@ def calibration() -> str:
             if name.startswith(("int4-g32", "int3-g32"))
         ),
     )
+
+
+def ablation() -> str:
+    """One thing changed at a time."""
+    models = load("ablation")["models"]
+    base = {model: result["rows"][_BASE]["kl"] for model, result in models.items()}
+    names = list(dict.fromkeys(row for result in models.values() for row in result["rows"]))
+
+    def cells(row: str) -> Iterator[str]:
+        yield row
+        for model, result in models.items():
+            found = result["rows"].get(row)
+            yield "" if found is None else f"{found['kl']:.5f} ± {found['kl_se']:.5f}"
+            yield "" if found is None else f"{found['kl'] / base[model]:.2f}"
+
+    head = ["changed", *(cell for model in models for cell in (f"KL, {model}", "of the base"))]
+    return table(tuple(head), (tuple(cells(row)) for row in names))
 
 
 def quality() -> str:
@@ -76,7 +94,7 @@ def quality_table(rows: dict[str, Any]) -> str:
         (
             (
                 preset,
-                f"`{r['recipe']}`",
+                _recipe(r),
                 f"{r['bpw']:.2f}",
                 f"{r['ratio_fp32']:.2f}",
                 f"{r['ppl_increase']:+.2%} ± {r['ppl_increase_se']:.2%}",
@@ -86,6 +104,11 @@ def quality_table(rows: dict[str, Any]) -> str:
             for preset, r in body
         ),
     )
+
+
+def _recipe(row: dict[str, Any]) -> str:
+    """A row's recipe, with what else was asked for."""
+    return "`" + " ".join([row["recipe"], *row.get("options", ())]) + "`"
 
 
 def speed() -> str:
@@ -103,11 +126,18 @@ def speed() -> str:
 def large() -> str:
     """The 1.1-billion-parameter model."""
     result = load("large")
+    calibrated = result["calibrated"]
+    reading = f"{calibrated['windows']} × {calibrated['window']} tokens"
+    rows = {
+        **result["commands"],
+        f"compress --recipe {calibrated['recipe']}`, {reading} `": calibrated["compress"],
+        f"calibrate`, {reading} `": calibrated["calibrate"],
+    }
     return table(
         ("command", "peak resident memory, MB", "wall time, s"),
         (
-            (f"`tenpak {name}`", f"{r['peak_resident_bytes'] / 1e6:.0f}", f"{r['wall_seconds']:.1f}")
-            for name, r in result["commands"].items()
+            (f"`tenpak {name}`", f"{r['peak_resident_bytes'] / 1e6:,.0f}", f"{r['wall_seconds']:,.1f}")
+            for name, r in rows.items()
         ),
     )
 
@@ -182,6 +212,7 @@ def load(name: str) -> dict[str, Any]:
 
 
 TABLES = {
+    "ablation": ablation,
     "calibration": calibration,
     "headline": headline,
     "quality": quality,

@@ -96,6 +96,7 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
             exec(compile("\n" * block.line + block.text, str(page), "exec"), namespace)
 
 
+@pytest.mark.filterwarnings("ignore:.*are advised:UserWarning")  # examples read as little as they can
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=name)
 def test_commands_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tinystories: Path) -> None:
     prepare(tmp_path, monkeypatch, tinystories)

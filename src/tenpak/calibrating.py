@@ -36,6 +36,8 @@ _SAMPLED_TOKENS = 16_384
 _SAMPLED_SEED = 1
 # Below this many tokens per input the Hessian is mostly damping.
 _TOKENS_PER_INPUT = 50
+# Characters a token, to begin with, and tokens at the end of a piece of text that are not relied on.
+_CHARACTERS, _MARGIN = 6, 64
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def read_text(
         return Text(f"sampled from the model, seed {_SAMPLED_SEED}", content)
 
     chosen = choose_text(text, folder / DEFAULT_TEXT, sample)
-    ids = tokenize(tokenizer, chosen.content, vocab_size=job.config.get_text_config().vocab_size)[:tokens]
+    ids = _first_tokens(tokenizer, chosen.content, tokens, job.config.get_text_config().vocab_size)
     length = context_length(job.config) if window is None else window
     if length < 1:
         raise CalibrationError(f"a window of {length} tokens is not possible", hint="give at least 1")
@@ -199,6 +201,18 @@ def collect_into(
     )
     write_table(folder, origin, sorted(written))
     return StatisticsFolder(folder)
+
+
+def _first_tokens(tokenizer: Any, content: str, count: int, vocab_size: int) -> Tensor:
+    """The first tokens of a text, of which no more is tokenized than needed: that may take longer than reading them."""
+    length = _CHARACTERS * count
+    while length < len(content):
+        cut = max(content.rfind("\n", 0, length), content.rfind(" ", 0, length))
+        ids = tokenize(tokenizer, content[: max(cut, 1)], vocab_size=vocab_size)
+        if ids.numel() >= count + _MARGIN:  # what lies at the cut may be split in another way
+            return ids[:count]
+        length *= 2
+    return tokenize(tokenizer, content, vocab_size=vocab_size)[:count]
 
 
 def _outputs(weights: Sequence[Weight]) -> dict[str, int]:

@@ -130,7 +130,9 @@ class _Models:
         with compressed.holding(parameters):
             for number, step in enumerate(steps):
                 if any(item.number not in finished for item in step.items):
-                    self._encode(step, self._observe(block, number, step).statistics(), finished)
+                    sums = self._observe(block, number, step) if step.needs_statistics else Sums()
+                    self._encode(step, sums.statistics(), finished)
+                    del sums
                 else:
                     self.walk.work.reused.extend(item.entry.weight.name for item in step.items)
                 for item in step.items:
@@ -326,6 +328,10 @@ class _Step:
     parameters: list[str]
     items: list[Numbered]
     added: bool = False  # to what the block returns
+
+    @property
+    def needs_statistics(self) -> bool:
+        return any(item.entry.codec is not None and item.entry.codec.needs_statistics for item in self.items)
 
     @property
     def experts(self) -> bool:

@@ -121,7 +121,8 @@ def calibrate(source: Path, text: Path, folder: Path) -> dict[str, Any]:
     done = measure("compress", str(source), "-o", str(out), *recipe, *read, "--evaluation", "none", "--json")
     report = json.loads(done.pop("stdout"))
     shutil.rmtree(out)
-    statistics = measure("calibrate", str(source), "-o", str(folder / "statistics"), *read, "--json")
+    few = ("--calibration-tokens", str(4 * WINDOW))
+    statistics = measure("calibrate", str(source), "-o", str(folder / "statistics"), *read, *few, "--json")
     size = json.loads(statistics.pop("stdout"))["bytes"]
     shutil.rmtree(folder / "statistics")
     return {
@@ -130,7 +131,7 @@ def calibrate(source: Path, text: Path, folder: Path) -> dict[str, Any]:
         "window": WINDOW,
         "predicted_peak_memory": predicted["memory"],
         "compress": done,
-        "calibrate": {**statistics, "bytes": size},
+        "calibrate": {**statistics, "tokens": 4 * WINDOW, "bytes": size},
     }
 
 

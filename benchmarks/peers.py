@@ -54,19 +54,20 @@ class Way:
         recipe: options that follow tenpak's recipe.
         peer: fields of llm-compressor's modifier; what is not said is its default.
         observer: llm-compressor's way to a group's range.
+        options: further options of tenpak's compress.
         rounds: how often both run.
     """
 
     recipe: str
     peer: dict[str, Any]
+    options: tuple[str, ...] = ()
     observer: str = "memoryless_minmax"
     rounds: int = 1
 
 
 WAYS = {
     "natural order": Way("", {"actorder": None}, rounds=ROUNDS),
-    "activation order": Way(":actorder", {}),
-    "activation order, searched ranges": Way(":search:actorder", {}, observer="memoryless_mse"),
+    "natural order, no propagation": Way("", {"actorder": None}, ("--propagation", "none"), rounds=ROUNDS),
 }
 
 
@@ -111,7 +112,7 @@ def run() -> Iterator[dict[str, Any]]:
     texts = shared / "data" / "tinystories_train.txt", shared / "data" / "tinystories_eval.txt"
     models = {
         shared / "models" / "babyllama-tok105-0.94m": (32, 128),
-        ROOT / "models" / "tinystories-3.7m": (32, 128),
+        ROOT / "models" / "tinystories-3.7m": (32,),
         shared / "models" / "stories260k": (32,),
     }
     if not all(path.exists() for path in (*texts, *models)):
@@ -247,7 +248,7 @@ def recipe_of(group: str, way: Way) -> str:
 def run_tenpak(case: Case, way: Way, folder: Path) -> dict[str, Any]:
     """Compress with tenpak's command line."""
     command: list[str | Path] = [sys.executable, "-m", "tenpak", "compress", case.model, "-o", folder / "artifact"]
-    command += ["--recipe", recipe_of(f"g{case.group}", way), "--set", "embed*=dense"]
+    command += ["--recipe", recipe_of(f"g{case.group}", way), "--set", "embed*=dense", *way.options]
     for kind in case.by_row:
         command += ["--set", f"*.{kind}.*={recipe_of('row:asym', way)}"]
     command += ["--calibration", case.text, "--calibration-tokens", str(case.tokens), "--evaluation", "none", "--json"]

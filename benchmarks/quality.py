@@ -21,6 +21,7 @@ from environment import ROOT
 from tenpak.recipes import PRESETS
 
 WINDOW = 256
+TOKENS = 65_536  # of the calibration text
 # Beyond the presets: what rounding with feedback does at the same bytes, and what propagation adds to it.
 CALIBRATED = {
     "int4-g32, gptq": ("gptq-int4:g32", ()),
@@ -65,15 +66,15 @@ def run() -> Iterator[dict[str, Any]]:
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             found = pool.map(lambda row, paths=paths: measure(*row, *paths), chosen.values())
             results[case] = dict(zip(chosen, found, strict=True))
-        yield {"window": WINDOW, "cases": results}
+        yield {"window": WINDOW, "calibration_tokens": TOKENS, "cases": results}
 
 
 def measure(recipe: str, options: tuple[str, ...], model: Path, calibration: Path, text: Path) -> dict[str, Any]:
     """Compress and evaluate, each in a process of its own."""
     with tempfile.TemporaryDirectory(prefix="tenpak-quality-") as folder:
         out = Path(folder) / "artifact"
-        read = ("--calibration", calibration, "--calibration-window", str(WINDOW), *options)
-        tenpak("compress", model, "-o", out, "--recipe", recipe, *read, "--evaluation", "none")
+        read = ("--calibration", calibration, "--calibration-tokens", str(TOKENS), "--calibration-window", str(WINDOW))
+        tenpak("compress", model, "-o", out, "--recipe", recipe, *read, *options, "--evaluation", "none")
         found = tenpak("evaluate", out, "--against", model, "--text", text, "--window", str(WINDOW))
     print(f"{model.name}: {recipe}: {found['bpw']:.3f} bpw, KL {found['kl']:.5f}", file=sys.stderr)
     return {"recipe": recipe, "options": list(options), **found}

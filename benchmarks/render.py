@@ -63,6 +63,27 @@ def calibration() -> str:
     )
 
 
+def feedback() -> str:
+    """KL relative to rounding to nearest at the same bytes."""
+
+    def rows() -> Iterator[tuple[str, ...]]:
+        for case, found in load("feedback")["cases"].items():
+            for bits in (4, 3):
+                nearest = found[f"nearest, int{bits}"]
+                yield (
+                    case,
+                    f"int{bits}:g32",
+                    f"{nearest['kl']:.5f}",
+                    *(
+                        f"{r['kl']:.5f} ({r['kl'] / nearest['kl']:.2f})"
+                        for r in (found[f"gptq, int{bits}"], found[f"gptq and propagation, int{bits}"])
+                    ),
+                )
+
+    head = ("model, text", "grid", "KL of nearest", "gptq (of nearest's)", "gptq and propagation (of nearest's)")
+    return table(head, rows())
+
+
 def ablation() -> str:
     """One thing changed at a time."""
     models = load("ablation")["models"]
@@ -131,7 +152,7 @@ def large() -> str:
     rows = {
         **result["commands"],
         f"compress --recipe {calibrated['recipe']}`, {reading} `": calibrated["compress"],
-        f"calibrate`, {reading} `": calibrated["calibrate"],
+        f"calibrate`, {calibrated['calibrate']['tokens']:,} tokens `": calibrated["calibrate"],
     }
     return table(
         ("command", "peak resident memory, MB", "wall time, s"),
@@ -213,6 +234,7 @@ def load(name: str) -> dict[str, Any]:
 
 TABLES = {
     "ablation": ablation,
+    "feedback": feedback,
     "calibration": calibration,
     "headline": headline,
     "quality": quality,

@@ -1,6 +1,6 @@
 """`make bench`: run the benchmarks (all, or those named) and write ``benchmarks/results/<name>.json``.
 
-    python benchmarks/run.py [speed] [footprint] [large] [quality] [ablation]
+    python benchmarks/run.py [speed] [footprint] [large] [quality] [feedback] [ablation]
     python benchmarks/run.py peers              by name only: installs another library, takes half an hour
 
 Then ``python benchmarks/render.py`` renders the tables that README and docs show.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 
 import ablation
+import feedback
 import footprint
 import large
 import peers
@@ -23,6 +24,7 @@ BENCHMARKS = {
     "footprint": footprint.run,
     "large": large.run,
     "quality": quality.run,
+    "feedback": feedback.run,
     "ablation": ablation.run,
 }
 BY_NAME_ONLY = {"peers": peers.run}

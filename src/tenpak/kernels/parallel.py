@@ -29,15 +29,22 @@ def worker_count() -> int:
 
 
 def ordered_map(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """``map``, with a few items ahead of the one whose result is taken; an error ends it when its turn comes."""
+    """``map``, with a few items ahead of the one whose result is taken; an error ends it when its turn comes.
+
+    Until it ends, the thread that takes the results computes with one thread as well: more would take the workers' cores
+    and, where others use these too, wait for them at every operation.
+    """
     rest = iter(items)
     pending: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(worker_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    workers, threads = worker_count(), torch.get_num_threads()
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        torch.set_num_threads(1)
         try:
-            pending.extend(pool.submit(work, item) for item in islice(rest, worker_count()))
+            pending.extend(pool.submit(work, item) for item in islice(rest, workers))
             while pending:
                 result = pending.popleft().result()
                 pending.extend(pool.submit(work, item) for item in islice(rest, 1))
                 yield result
         finally:
+            torch.set_num_threads(threads)
             pool.shutdown(wait=True, cancel_futures=True)

@@ -43,26 +43,6 @@ def headline() -> str:
     return quality_table(load("quality")["cases"][HEADLINE])
 
 
-def calibration() -> str:
-    """Recipes of the same bytes, with and without feedback."""
-    rows = load("quality")["cases"][HEADLINE]
-    nearest = {size: rows[f"int{size}-g32"]["kl"] for size in (3, 4)}
-    return table(
-        ("recipe", "bits per weight", "perplexity", "KL", "of nearest's"),
-        (
-            (
-                _recipe(r),
-                f"{r['bpw']:.2f}",
-                f"{r['ppl_increase']:+.2%} ± {r['ppl_increase_se']:.2%}",
-                f"{r['kl']:.5f} ± {r['kl_se']:.5f}",
-                f"{r['kl'] / nearest[int(name.split('int')[1][0])]:.2f}",
-            )
-            for name, r in rows.items()
-            if name.startswith(("int4-g32", "int3-g32"))
-        ),
-    )
-
-
 def feedback() -> str:
     """KL relative to rounding to nearest at the same bytes."""
 
@@ -209,7 +189,7 @@ def peers() -> str:
 def machine() -> str:
     """Where and when."""
     lines = []
-    for name in ("quality", "speed", "large", "footprint"):
+    for name in ("quality", "speed", "large", "footprint", "feedback", "ablation", "peers"):
         env = load(name)["environment"]
         versions = ", ".join(f"{package} {number}" for package, number in env["versions"].items())
         lines.append(f"- {name}: {env['cpu']}, {env['cores']} cores, {versions}; commit `{env['commit'][:12]}`")
@@ -235,7 +215,6 @@ def load(name: str) -> dict[str, Any]:
 TABLES = {
     "ablation": ablation,
     "feedback": feedback,
-    "calibration": calibration,
     "headline": headline,
     "quality": quality,
     "speed": speed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 import shutil
 import signal
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import tenpak
 from tenpak.errors import ArtifactError, CalibrationError
+from tenpak.job import open_job
 from tenpak.recipes import parse
 from tenpak.report.report import Report
 from tenpak.work import Unit, Work
@@ -28,7 +30,8 @@ KILLS = 20
 
 @pytest.fixture(scope="module")
 def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_tiny_talker(tmp_path_factory.mktemp("resume") / "model", num_hidden_layers=4, hidden_size=64)
+    sizes = {"num_hidden_layers": 3, "hidden_size": 192, "intermediate_size": 352}  # large enough for BLAS to split
+    folder = make_tiny_talker(tmp_path_factory.mktemp("resume") / "model", **sizes)
     (folder.parent / "text.txt").write_text(TEXT)
     return folder
 
@@ -167,6 +170,42 @@ def test_damaged_work_is_done_again(talker: Path, tmp_path: Path) -> None:
     sorted((tmp_path / "work" / "units").iterdir())[1].write_bytes(b"")
     run(talker, tmp_path / "out", tmp_path / "work")
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("missing", ["q_proj", "k_proj", "down_proj"])
+def test_one_missing_tensor_comes_back_the_same(talker: Path, tmp_path: Path, missing: str) -> None:
+    """Alone it is encoded with all threads, with its neighbours each takes one."""
+    run(talker, tmp_path / "whole", tmp_path / "work")
+    interrupted(talker, tmp_path / "out", tmp_path / "work", 22)
+    names = [entry.weight.name for entry in open_job(talker, "int4:g32", ()).plan.entries]
+    number = next(n for n, name in enumerate(names) if "layers.1." in name and f".{missing}." in name)
+    (tmp_path / "work" / "units" / f"{number:05d}.safetensors").unlink()
+    run(talker, tmp_path / "out", tmp_path / "work")
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+
+
+def test_a_folder_with_other_things_is_no_work_folder(talker: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "precious.txt").write_text("x")
+    with pytest.raises(ArtifactError, match="holds no work of tenpak"):
+        run(talker, tmp_path / "out", mine)
+    assert [path.name for path in mine.iterdir()] == ["precious.txt"]
+    with pytest.raises(ArtifactError, match="lies in the output"):
+        run(talker, tmp_path / "out", tmp_path / "out" / "work")
+
+
+def test_other_tokens_are_another_run(talker: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(talker, copy)
+    (tmp_path / "text.txt").write_text(TEXT)
+    interrupted(copy, tmp_path / "out", tmp_path / "work", 3)
+    tokenizer = json.loads((copy / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["m"], vocabulary["n"] = vocabulary["n"], vocabulary["m"]
+    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ArtifactError, match="it differs in tokens"):
+        run(copy, tmp_path / "out", tmp_path / "work")
 
 
 def test_work_in_use_is_refused(talker: Path, tmp_path: Path) -> None:

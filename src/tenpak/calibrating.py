@@ -19,7 +19,7 @@ from tenpak.calibration.choice import Text, choose_text
 from tenpak.calibration.collect import Progress, collect
 from tenpak.calibration.heuristics import guess_curvature
 from tenpak.calibration.skeleton import Skeleton
-from tenpak.calibration.statistics import Origin, StatisticsFolder, claim_folder, write_part, write_table
+from tenpak.calibration.statistics import Origin, StatisticsFolder, new_folder, write_part, write_table
 from tenpak.calibration.sums import Sums
 from tenpak.calibration.text import context_length, sample_text, tokenize
 from tenpak.checkpoint.source import source_sha256
@@ -84,6 +84,8 @@ def read_text(
     Raises:
         CalibrationError: the text cannot be used, or the tokenizer does not fit the model.
     """
+    if tokens < 2:
+        raise CalibrationError(f"{tokens} calibration tokens are not enough", hint="read at least 2, better 131,072")
     folder = job.checkpoint.folder
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
 
@@ -137,20 +139,21 @@ def calibrate(
         OutputExistsError: ``out`` exists.
     """
     out = Path(out)
-    claim_folder(out, overwrite=overwrite)
-    job = open_job(source, "dense", (), revision=revision, trust_remote_code=trust_remote_code)
-    reading = read_text(job, calibration, tokens=tokens, window=window, trust_remote_code=trust_remote_code)
-    warn_if_short(reading, [entry.weight for entry in job.plan.entries if entry.weight.kind != "dense"])
-    return collect_into(
-        out,
-        job,
-        reading,
-        curvature=not fast,
-        seed=seed,
-        spill_bytes=spill_bytes,
-        trust_remote_code=trust_remote_code,
-        progress=progress,
-    )
+    with new_folder(out, overwrite=overwrite) as folder:
+        job = open_job(source, "dense", (), revision=revision, trust_remote_code=trust_remote_code)
+        reading = read_text(job, calibration, tokens=tokens, window=window, trust_remote_code=trust_remote_code)
+        warn_if_short(reading, [entry.weight for entry in job.plan.entries if entry.weight.kind != "dense"])
+        collect_into(
+            folder,
+            job,
+            reading,
+            curvature=not fast,
+            seed=seed,
+            spill_bytes=spill_bytes,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    return StatisticsFolder(out)
 
 
 def collect_into(

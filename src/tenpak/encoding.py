@@ -17,7 +17,7 @@ from tenpak.checkpoint.structure import Weight
 from tenpak.codecs.base import Codec, Payload, Statistics
 from tenpak.codecs.rounding.correction import corrected
 from tenpak.errors import CalibrationError, CodecError
-from tenpak.kernels.parallel import ordered_map
+from tenpak.kernels.parallel import one_thread, ordered_map
 from tenpak.work import Unit, Work
 
 __all__ = [
@@ -108,10 +108,12 @@ def encode_unit(
             if statistics is not None and (known is None or known.metric is None):
                 known = unit_statistics(target.shape[1])
             elif known is not None:
-                target = corrected(target, known)
+                with one_thread():
+                    target = corrected(target, known)
             payloads.append(codec.encode(target, known))
-            if weight.kind == "matrix" and known is not None and known.mean is not None:
-                bias = (target.float() - codec.decode(payloads[-1])) @ known.mean
+            if weight.kind == "matrix" and known is not None and known.count and known.mean is not None:
+                with one_thread():
+                    bias = (target.float() - codec.decode(payloads[-1])) @ known.mean
     except (CodecError, CalibrationError) as error:
         raise type(error)(f"{weight.name}: {error}", hint=error.hint) from error
     counts = tuple(known.count or 0 if known is not None else 0 for known in statistics or ())

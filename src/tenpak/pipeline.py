@@ -43,7 +43,7 @@ from tenpak.calibrating import DEFAULT_TOKENS
 from tenpak.calibration.choice import Text
 from tenpak.checkpoint.source import Checkpoint, fingerprint, source_sha256, tensor_sha256
 from tenpak.encoding import bias_of, corrected_bias, require_finite
-from tenpak.errors import ArtifactError, CalibrationError, CheckpointError, CodecError, EvaluationError
+from tenpak.errors import ArtifactError, CalibrationError, CodecError, EvaluationError
 from tenpak.job import Job, open_job
 from tenpak.report.card import model_card
 from tenpak.report.report import Report, measured
@@ -100,7 +100,7 @@ def compress(
         revision: of the hub repository.
         trust_remote_code: let transformers run model code from the checkpoint.
         max_shard_bytes: weight files are split above this size.
-        progress: called before each tensor.
+        progress: called after each tensor, and while the original model is read.
 
     Returns:
         The report, which is also ``report.json`` in the artifact.
@@ -132,6 +132,8 @@ def compress(
     if evaluation is not None:
         _require_other_text(task, evaluation)
     run = _run(task)
+    if work is not None and out.resolve() in (Path(work).resolve(), *Path(work).resolve().parents):
+        raise ArtifactError(f"the work folder {work} lies in the output", hint="choose another --work")
     with Work(Path(work) if work is not None else default_work(out, run), run) as units, _kept(units):
         encode_all(task, units, progress)
         with ArtifactWriter(out, overwrite=overwrite, max_shard_bytes=max_shard_bytes) as writer:
@@ -155,6 +157,7 @@ def _run(task: Task) -> dict[str, Any]:
         "recipe": job.recipe,
         "overrides": list(job.overrides),
         "calibration": task.to_json(),
+        "tokens": None if task.reading is None else tensor_sha256(task.reading.tokens),
         "statistics": None if task.statistics is None else asdict(task.statistics.origin),
         "seed": task.seed,
         "versions": {"tenpak": version("tenpak"), **_versions()},
@@ -167,7 +170,7 @@ def _kept(work: Work) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if work.empty or isinstance(error, CodecError | CheckpointError):
+        if work.empty or isinstance(error, CodecError):
             work.remove()
         raise
 

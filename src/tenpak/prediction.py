@@ -99,7 +99,7 @@ def predict(
         memory=psutil.Process().memory_info().rss
         + worker_count() * (largest + 2 * payload + (32 << 20))
         + _calibration_memory(entries, calibration_tokens, _hidden_size(job.config), both=propagation == "original"),
-        disk=total + min(total, max_shard_bytes) + (1 << 20),
+        disk=2 * total + min(total, max_shard_bytes) + (1 << 20),  # finished tensors, the spool, a shard
         seconds=_trial(entries, total),
         dense={e.weight.name: e.reason for e in entries if e.codec is None},
     )
@@ -149,5 +149,5 @@ def _calibration_memory(entries: Sequence[PlanEntry], tokens: int, hidden: int, 
     # Hidden states of both models, and the original's inputs of the steps of a block.
     states = 4 * tokens * ((2 * hidden + 3 * min(inputs)) if both else hidden)
     # Sums in FP64 and two workers' in FP32, then the Hessian as it is factored: about as much.
-    sums = max(8 * n * n + 8 * n * max(n if both else 0, 0) // 2 + worker_count() * 6 * n * n for n in inputs)
+    sums = max(8 * n * n + (8 * n * n if both else 0) // 2 + worker_count() * 6 * n * n for n in inputs)
     return max(blocks.values()) + min(states, SPILL_BYTES) + sums + _BATCH_BYTES

@@ -270,16 +270,13 @@ class _Models:
     def _encode(self, step: _Step, statistics: Mapping[Key, Statistics], finished: set[int]) -> None:
         """Encode those tensors of a step that are not finished."""
         before = rows_before([item.entry.weight for item in step.items])
-        known = {
-            item.number: self._known(item.entry.weight, statistics, before.get(item.entry.weight.name, 0))
-            for item in step.items
-        }
 
         def encode(item: Numbered) -> None:
             weight, codec = item.entry.weight, item.entry.codec
             assert codec is not None  # dense entries are not encoded
             tensor = self.walk.compressed.checkpoint.read(weight.name)
-            found = known[item.number] if codec.needs_statistics else None
+            rows = before.get(weight.name, 0)
+            found = self._known(weight, statistics, rows) if codec.needs_statistics else None
             self.walk.work.put(item.number, weight.name, encode_unit(codec, weight, tensor, found))
 
         left = [item for item in step.items if item.number not in finished]

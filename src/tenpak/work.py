@@ -92,9 +92,12 @@ class Work:
             ArtifactError: it belongs to another run, is used by one just now, or cannot be written.
         """
         try:
-            (self.folder / "units").mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             self._lock.enter_context(locked(self.folder))
             self._claim()
+            (self.folder / "units").mkdir(exist_ok=True)
+            for left in [*self.folder.glob("activations-*"), *self.folder.glob("statistics/activations-*")]:
+                shutil.rmtree(left, ignore_errors=True)  # of a run that was killed
         except BlockingIOError as error:
             raise ArtifactError(
                 f"{self.folder} is in use by another run", hint="wait for it, or choose another --work"
@@ -115,8 +118,14 @@ class Work:
         self._lock.close()
 
     def remove(self) -> None:
-        """Delete the folder: its work has become an artifact, or is of no use."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Delete what it holds of a run, which has become an artifact or is of no use; and itself, if empty then."""
+        for name in ("units", "statistics"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        for path in self.folder.glob("run.*"):
+            if path.name in (RUN_NAME, "run.partial"):
+                path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
 
     @property
     def empty(self) -> bool:
@@ -194,6 +203,10 @@ class Work:
         """Write what the run depends on, or compare it with what is written."""
         path = self.folder / RUN_NAME
         if not path.exists():
+            if any(other.name != "run.partial" for other in self.folder.iterdir()):
+                raise ArtifactError(
+                    f"{self.folder} is not empty and holds no work of tenpak", hint="choose another folder for --work"
+                )
             temporary = path.with_suffix(".partial")
             temporary.write_text(json.dumps(self.run, indent=2) + "\n")
             temporary.replace(path)
@@ -212,9 +225,11 @@ class Work:
 
 
 def _unwritable(path: Path, error: Exception) -> ArtifactError:
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "os error 2" in str(error)
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    # safetensors tells the code in its message only.
+    full = getattr(error, "errno", None) in codes or any(f"os error {code})" in str(error) for code in codes)
     return ArtifactError(
         f"cannot write {path}: {getattr(error, 'strerror', None) or error}",
         hint=("free space on that disk and run the command again: " if full else "check that folder; ")
-        + "finished work is kept and will be reused",
+        + "finished tensors are kept and will be reused",
     )

@@ -271,3 +271,8 @@ def test_a_block_that_overflows_is_named(tmp_path: Path) -> None:
     model.save_pretrained(folder)
     with pytest.raises(CalibrationError, match="block 1"):
         collected(folder)
+
+
+def test_a_text_shorter_than_a_window_is_one_window(llama: Path) -> None:
+    found, _, _ = collected(llama, window=64)
+    assert found["model.layers.0.mlp.up_proj.weight", 0].count == len(TOKENS)

@@ -56,7 +56,8 @@ def batched(tokens: Tensor, window: int) -> list[Tensor]:
     if tokens.numel() < 2:
         raise CalibrationError("the calibration text has fewer than 2 tokens", hint="give a longer --calibration text")
     whole = tokens.numel() // window * window
-    batches = list(torch.split(tokens[:whole].view(-1, window), max(1, _BATCH_TOKENS // window)))
+    size = max(1, _BATCH_TOKENS // window)
+    batches = list(torch.split(tokens[:whole].view(-1, window), size)) if whole else []
     return batches + ([tokens[whole:].unsqueeze(0)] if whole < tokens.numel() else [])
 
 
@@ -176,7 +177,7 @@ class _Walk:
                     for window in range(len(ids)):
                         self.skeleton.run(ids[window : window + 1], last, None, hidden[window : window + 1])
                 return None, batch.sums
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + index) % 2**63)
             return _head_gradient(self.skeleton, ids, hidden, weights, own, batch, generator), batch.sums
 
         for index, (gradient, sums) in enumerate(ordered_map(work, range(len(self.batches)))):
@@ -293,7 +294,8 @@ def require_finite(hidden: Tensor, block: int) -> None:
     if not bool(torch.isfinite(torch.stack(torch.aminmax(hidden))).all()):
         where = "the embedding" if block == OUTSIDE else f"block {block}"
         raise CalibrationError(
-            f"{where} gives values that are not finite on this text", hint="calibrate in float32; check the checkpoint"
+            f"{where} gives values that are not finite on this text",
+            hint="check the checkpoint: its weights overflow FP32",
         )
 
 

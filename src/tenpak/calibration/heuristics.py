@@ -7,7 +7,7 @@ lies within one order of magnitude for weights of the same role, some 100, while
     gᵢ = role · position / (out · tr H)        for all outputs i alike
 
 Queries and keys cost least, values most; early blocks cost more than late ones, since everything after them sees their
-errors. Names are the ones in use (``q_proj``, ``query``, ``c_attn`` …); others count as average.
+errors. Names are the ones in use (``q_proj``, ``query``, ``wv`` …); others count as average.
 """
 
 from __future__ import annotations

@@ -140,7 +140,8 @@ class Skeleton:
     @property
     def head(self) -> str | None:
         """Path of the head's weight, where it is not tied to the embedding."""
-        return self._own_weight(self.model.get_output_embeddings())
+        path = self._own_weight(self.model.get_output_embeddings())
+        return None if path is None or self.embedding in self._aliases.get(path, ()) else path
 
     @property
     def embedding(self) -> str | None:
@@ -237,7 +238,8 @@ class Skeleton:
         if self.embedding is None or not same_but_hidden(*calls):
             self._empty = None
             return
-        self.drop([self.embedding])
+        shared = next((path for path, also in self._aliases.items() if self.embedding in also), self.embedding)
+        self.drop([shared])
 
     @property
     def keeps_logits(self) -> bool:
@@ -357,6 +359,8 @@ class Skeleton:
         return self._typed(self._whole[parameter])
 
     def _typed(self, tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.itemsize:
+            tensor = tensor.clone()  # a view: weights are told from each other by their memory
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
     def _put(self, path: str, value: Tensor) -> None:

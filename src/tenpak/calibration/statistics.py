@@ -1,6 +1,6 @@
 """Statistics on disk: a folder that can be inspected, merged over shards of a text, and reused over recipes.
 
-    statistics.json          what was read (source, text, tokens, window, seed, method), and a table of the parts
+    statistics.json          what was read (source, text, tokens, window, seed, method), and which parts there are
     part-00000.safetensors   block 0, and so on
     part-outside.safetensors embeddings, head and whatever else is in no block
 
@@ -15,11 +15,15 @@ Merging weighs means by their counts, which is what one pass over all texts woul
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import re
 import shutil
+import tempfile
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -27,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tenpak.artifact.leftovers import locked, remove_unused
 from tenpak.calibration.skeleton import OUTSIDE
 from tenpak.calibration.sums import InputSums, Key, Sums
 from tenpak.checkpoint.structure import Weight
@@ -37,9 +42,9 @@ __all__ = [
     "FILE_NAME",
     "Origin",
     "StatisticsFolder",
-    "claim_folder",
     "experts",
     "merge",
+    "new_folder",
     "part_name",
     "pooled",
     "rows_before",
@@ -49,6 +54,7 @@ __all__ = [
 
 FILE_NAME = "statistics.json"
 VERSION = 1
+_PART = re.compile(r"part-(outside|\d{5})\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,7 @@ def part_name(part: int) -> str:
 
 
 def write_part(folder: Path, part: int, sums: Sums, extra: Mapping[str, Tensor] | None = None) -> None:
-    """Store the statistics of a part, its table beside it; both appear at once or not at all.
+    """Store the statistics of a part, its table in its metadata; both appear at once or not at all.
 
     Args:
         folder: the statistics' folder.
@@ -118,7 +124,7 @@ def write_part(folder: Path, part: int, sums: Sums, extra: Mapping[str, Tensor] 
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         raise CalibrationError(
-            f"cannot write {path}: {error}", hint="free space there; what is complete is kept and will be reused"
+            f"cannot write {path}: {error}", hint="free space there, and run the command again"
         ) from error
 
 
@@ -140,6 +146,8 @@ class _Part:
         """Statistics of a weight, or None where it was never multiplied with."""
         for position, (parameter, matrix, group) in enumerate(self.table.weights):
             if (parameter, matrix) == key:
+                if not {f"{group}.{name}" for name in ("hessian", "mean", "mean_abs")} <= self.tensors.keys():
+                    raise CalibrationError(f"the statistics of {parameter} are incomplete", hint="calibrate again")
                 return Statistics(
                     count=self.table.counts[group],
                     hessian=self.tensors[f"{group}.hessian"],
@@ -177,6 +185,11 @@ class StatisticsFolder:
                     hint="calibrate again",
                 )
             self.origin = Origin(**content)
+            for name, kind in Origin.__annotations__.items():
+                if type(getattr(self.origin, name)).__name__ != kind:
+                    raise TypeError(name)  # noqa: TRY301
+            if not all(type(part) is int for part in self.parts) or OUTSIDE not in self.parts:
+                raise TypeError("parts")  # noqa: TRY301
         except OSError as error:
             raise CalibrationError(
                 f"{folder} holds no statistics: {path.name}: {error.strerror}",
@@ -234,11 +247,16 @@ class StatisticsFolder:
 
     def _embedding(self, weight: Weight) -> Statistics:
         part = self.part(OUTSIDE)
+        frequency, curvature = part.tensors.get("token_frequency"), part.tensors.get("input_curvature")
+        if frequency is None or len(frequency) != weight.shape[0]:  # of positions, or types
+            return Statistics()
+        if curvature is not None and len(curvature) != weight.shape[1]:
+            curvature = None
         return replace(
             part.get((weight.parameter, 0))
             or Statistics(count=self.origin.tokens),  # a product where it is the head too
-            token_frequency=part.tensors.get("token_frequency"),
-            input_curvature=part.tensors.get("input_curvature"),
+            token_frequency=frequency,
+            input_curvature=curvature,
         )
 
 
@@ -298,12 +316,32 @@ def pooled(statistics: Sequence[Statistics]) -> Statistics | None:
     return Statistics(count=total, **{name: mean(name) for name in names})
 
 
-def claim_folder(out: Path, *, overwrite: bool) -> None:
-    """Make room for statistics at ``out``.
+@contextmanager
+def new_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A hidden folder to write statistics to, which takes the place of ``out`` at the end, or goes after an error.
 
     Raises:
-        OutputExistsError: something is there that may not be replaced.
+        OutputExistsError: something is at ``out`` that may not be replaced.
+        CalibrationError: the folder cannot be written.
     """
+    _check_free(out, overwrite=overwrite)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        remove_unused(out.parent, f".{glob.escape(out.name)}.partial-*")
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    except OSError as error:
+        raise CalibrationError(f"cannot write {out}: {error.strerror}", hint="choose another -o") from error
+    try:
+        with locked(folder):
+            yield folder
+            _check_free(out, overwrite=overwrite)
+            shutil.rmtree(out, ignore_errors=True)
+            folder.rename(out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_free(out: Path, *, overwrite: bool) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / FILE_NAME).is_file():
@@ -312,7 +350,12 @@ def claim_folder(out: Path, *, overwrite: bool) -> None:
         )
     if not overwrite:
         raise OutputExistsError(f"{out} exists", hint="choose another -o, or pass --overwrite")
-    shutil.rmtree(out)
+    foreign = sorted(p.name for p in out.iterdir() if p.name != FILE_NAME and not _PART.fullmatch(p.name))
+    if foreign:
+        raise OutputExistsError(
+            f"{out} also holds {', '.join(foreign[:3])}, which tenpak did not write",
+            hint="move those files away first, or choose another -o",
+        )
 
 
 def merge(folders: Sequence[str | Path], out: str | Path, *, overwrite: bool = False) -> Origin:
@@ -332,9 +375,12 @@ def merge(folders: Sequence[str | Path], out: str | Path, *, overwrite: bool = F
                     f"{getattr(other.origin, name)} and {getattr(first, name)}",
                     hint="merge statistics of one model that were collected in one way",
                 )
-    out = Path(out)
-    claim_folder(out, overwrite=overwrite)
-    out.mkdir(parents=True, exist_ok=True)
+    with new_folder(Path(out), overwrite=overwrite) as folder:
+        return _merge_into(folder, opened)
+
+
+def _merge_into(out: Path, opened: Sequence[StatisticsFolder]) -> Origin:
+    first = opened[0].origin
     for number in opened[0].parts:
         sums = Sums()
         extra: dict[str, Tensor] = {}
@@ -377,9 +423,12 @@ def _read_table(path: Path) -> _Table:
         with safe_open(path, framework="pt") as file:
             table = json.loads(file.metadata()["table"])
         weights = [(str(parameter), int(matrix), int(group)) for parameter, matrix, group in table["weights"]]
-        return _Table([int(count) for count in table["counts"]], weights)
+        found = _Table([int(count) for count in table["counts"]], weights)
+        if not all(0 <= group < len(found.counts) for _, _, group in weights):
+            raise ValueError("a weight's input is not in the table")  # noqa: TRY301
     except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
         raise _damaged(path, error) from error
+    return found
 
 
 def _read_part(path: Path) -> _Part:

@@ -53,8 +53,8 @@ class InputSums:
         self.outer = self.outer.double().add_(other.outer)
         self.total += other.total
         self.magnitude += other.magnitude
-        if self.cross is not None and other.cross is not None:
-            self.cross = self.cross.double().add_(other.cross)
+        if self.cross is not None:  # of some inputs only it would be worse than none
+            self.cross = None if other.cross is None else self.cross.double().add_(other.cross)
         if self.shift is not None and other.shift is not None:
             self.shift = self.shift.double().add_(other.shift)
 
@@ -148,7 +148,8 @@ class BatchSums:
             self.sums.group_of[key] = self._last[1]
             return
         flat = x.reshape(-1, x.shape[-1]).float()
-        sums = InputSums.of(flat, None if self._originals is None else self._originals.get(key))
+        original = None if self._originals is None else self._originals.get(key)
+        sums = InputSums.of(flat, original if original is not None and len(original) == len(flat) else None)
         if key in self.sums.group_of:
             self.sums.inputs[self.sums.group_of[key]].add(sums)
             return

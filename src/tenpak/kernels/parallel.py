@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
 from typing import TypeVar
 
 import torch
 
-__all__ = ["ordered_map", "worker_count"]
+__all__ = ["one_thread", "ordered_map", "worker_count"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -28,11 +29,22 @@ def worker_count() -> int:
     return min(torch.get_num_threads(), _MAX_WORKERS)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute with one thread: sums that several share are added in an order that depends on their number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def ordered_map(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """``map``, with a few items ahead of the one whose result is taken; an error ends it when its turn comes.
 
-    Until it ends, the thread that takes the results computes with one thread as well: more would take the workers' cores
-    and, where others use these too, wait for them at every operation.
+    Until it ends, the thread that takes the results computes with one thread as well: more would take the workers'
+    cores and, where others use these too, wait for them at every operation.
     """
     rest = iter(items)
     pending: deque[Future[Result]] = deque()

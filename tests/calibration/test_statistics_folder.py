@@ -167,6 +167,40 @@ def test_another_version_is_refused(folder: Path, tmp_path: Path) -> None:
         StatisticsFolder(statistics)
 
 
+def test_a_failure_leaves_what_was_there(folder: Path, tmp_path: Path) -> None:
+    statistics = copied(folder, tmp_path / "copy")
+    with pytest.raises(CalibrationError, match="there is no text"):
+        tenpak.calibrate(folder / "model", statistics, calibration=tmp_path / "nothing.txt", overwrite=True)
+    StatisticsFolder(statistics)
+    merge([statistics, folder / "second"], statistics, overwrite=True)
+    assert StatisticsFolder(statistics).origin.text == "first.txt, second.txt"
+    (statistics / "notes.md").write_text("x")
+    with pytest.raises(OutputExistsError, match=r"also holds notes\.md"):
+        merge([folder / "first", folder / "second"], statistics, overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"copy"}
+
+
+def test_interrupted_calibration_can_be_repeated(folder: Path, tmp_path: Path) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tenpak.calibrate(folder / "model", tmp_path / "out", calibration=folder / "first.txt", fast=True, progress=stop)
+    assert not any(tmp_path.iterdir())
+    tenpak.calibrate(folder / "model", tmp_path / "out", calibration=folder / "first.txt", fast=True)
+
+
+@pytest.mark.parametrize(
+    "change", [{"parts": 5}, {"parts": ["a"]}, {"parts": [0]}, {"tokens": "x"}, {"text_sha256": 5}, {"extra": 1}]
+)
+def test_nonsense_in_the_table_is_refused(folder: Path, tmp_path: Path, change: dict[str, object]) -> None:
+    statistics = copied(folder, tmp_path / "copy")
+    content = json.loads((statistics / FILE_NAME).read_text())
+    (statistics / FILE_NAME).write_text(json.dumps({**content, **change}))
+    with pytest.raises(CalibrationError):
+        StatisticsFolder(statistics)
+
+
 # Experts -------------------------------------------------------------------------------------------------------------
 
 

@@ -137,7 +137,8 @@ def _calibration_memory(entries: Sequence[PlanEntry], tokens: int, hidden: int, 
         hidden: width of the hidden states.
         both: whether the original model is followed beside the compressed one.
     """
-    needing = [e.weight for e in entries if e.codec is not None and e.codec.needs_statistics]
+    codecs = {e.codec for e in entries if e.codec is not None and e.codec.needs_statistics}
+    needing = [e.weight for e in entries if e.codec in codecs]
     if not needing:
         return 0
     blocks: dict[str, int] = {}
@@ -147,7 +148,16 @@ def _calibration_memory(entries: Sequence[PlanEntry], tokens: int, hidden: int, 
         blocks[key] = blocks.get(key, 0) + 4 * entry.weight.numel
     inputs = {w.matrix_shape[1] for w in needing}
     # Hidden states of both models, and the original's inputs of the steps of a block.
-    states = 4 * tokens * ((2 * hidden + 3 * min(inputs)) if both else hidden)
-    # Sums in FP64 and two workers' in FP32, then the Hessian as it is factored: about as much.
-    sums = max(8 * n * n + (8 * n * n if both else 0) // 2 + worker_count() * 6 * n * n for n in inputs)
+    boundaries = 2 if both else 1
+    if any(e.codec.uses_curvature or e.weight.kind == "embedding" for e in entries if e.codec in codecs and e.codec):
+        boundaries = max(boundaries, len(blocks))  # going back, every block is run again from where it started
+    states = 4 * tokens * (boundaries * hidden + (3 * min(inputs) if both else 0))
+    # Sums in FP64 and two workers' in FP32, then the Hessian as it is factored: about as much. Experts have their own.
+    sums = max(8 * n * n + (4 * n * n if both else 0) + worker_count() * 6 * n * n for n in inputs)
+    experts: dict[str, int] = {}
+    for weight in needing:
+        if weight.kind == "expert" and (weight.slot is None or weight.slot[1] == 0):
+            experts.setdefault(weight.parameter, 0)
+            experts[weight.parameter] += 8 * weight.matrices * weight.matrix_shape[1] ** 2
+    sums += max(experts.values(), default=0)
     return max(blocks.values()) + min(states, SPILL_BYTES) + sums + _BATCH_BYTES

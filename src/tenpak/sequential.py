@@ -25,9 +25,9 @@ from torch import Tensor
 
 from tenpak.calibration.activations import SPILL_BYTES, Activations
 from tenpak.calibration.collect import batched, observable, require_finite
+from tenpak.calibration.experts import experts, rows_before
 from tenpak.calibration.observe import Observer, Product
 from tenpak.calibration.skeleton import OUTSIDE, Skeleton
-from tenpak.calibration.statistics import experts, rows_before
 from tenpak.calibration.sums import BatchSums, Key, Sums
 from tenpak.checkpoint.structure import Weight
 from tenpak.codecs.base import Statistics

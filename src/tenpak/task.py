@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from tenpak.calibrating import Reading, collect_into, read_text, warn_if_short
+from tenpak.calibration.experts import rows_before
 from tenpak.calibration.skeleton import OUTSIDE, Skeleton
-from tenpak.calibration.statistics import StatisticsFolder, rows_before
+from tenpak.calibration.statistics import StatisticsFolder
 from tenpak.checkpoint.source import source_sha256
 from tenpak.checkpoint.structure import Weight
 from tenpak.encoding import Lookup, Numbered, encode_entries
@@ -23,7 +24,7 @@ from tenpak.job import Job
 from tenpak.sequential import Walk, encode_blocks
 from tenpak.work import Work
 
-__all__ = ["Progress", "Propagation", "Task", "encode_all", "numbered", "prepare"]
+__all__ = ["Progress", "Propagation", "Task", "coverage", "encode_all", "numbered", "prepare"]
 
 Propagation = Literal["original", "own", "none"]
 
@@ -130,11 +131,11 @@ def encode_all(task: Task, work: Work, progress: Progress | None = None) -> None
     models = None
     if task.reading is not None and task.propagation != "none":
         models = _skeletons(task)
-    inside = [item for item in items if models and models[1].place(item.entry.weight.parameter) != OUTSIDE]
-    if not any(item in needing for item in inside):
-        inside = []
-    outside = [item for item in items if item not in inside]
-    known = task.statistics or _collect(task, work, [i for i in needing if i in outside], needing, progress)
+    inside = {item.number for item in items if models and models[1].place(item.entry.weight.parameter) != OUTSIDE}
+    if not any(item.number in inside for item in needing):
+        inside = set()
+    outside = [item for item in items if item.number not in inside]
+    known = task.statistics or _collect(task, work, [i for i in needing if i.number not in inside], needing, progress)
     lookup = None if known is None else _lookup(known, items)
     encode_entries(task.job.checkpoint, outside, work, lookup, done)
     if inside and models is not None:

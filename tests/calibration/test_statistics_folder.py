@@ -11,8 +11,9 @@ from families import make_tiny_talker
 from torch import Tensor
 
 import tenpak
+from tenpak.calibration.experts import experts, pooled, rows_before
 from tenpak.calibration.skeleton import OUTSIDE
-from tenpak.calibration.statistics import FILE_NAME, StatisticsFolder, experts, merge, part_name, pooled, rows_before
+from tenpak.calibration.statistics import FILE_NAME, StatisticsFolder, merge, part_name
 from tenpak.checkpoint.structure import Weight
 from tenpak.codecs.base import Statistics
 from tenpak.errors import CalibrationError, OutputExistsError

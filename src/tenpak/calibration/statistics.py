@@ -22,7 +22,7 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tenpak.artifact.leftovers import locked, remove_unused
+from tenpak.calibration.experts import experts
 from tenpak.calibration.skeleton import OUTSIDE
 from tenpak.calibration.sums import InputSums, Key, Sums
 from tenpak.checkpoint.structure import Weight
@@ -42,12 +43,9 @@ __all__ = [
     "FILE_NAME",
     "Origin",
     "StatisticsFolder",
-    "experts",
     "merge",
     "new_folder",
     "part_name",
-    "pooled",
-    "rows_before",
     "write_part",
     "write_table",
 ]
@@ -258,62 +256,6 @@ class StatisticsFolder:
             token_frequency=frequency,
             input_curvature=curvature,
         )
-
-
-def experts(
-    get: Callable[[Key], Statistics | None], weight: Weight, matrices: Sequence[int], *, rows_before: int = 0
-) -> tuple[Statistics | None, ...]:
-    """Statistics of the experts in a tensor; one that saw too few tokens takes the means over its layer's experts.
-
-    Args:
-        get: statistics of one matrix of a parameter.
-        weight: the tensor: a stack of experts, or (``slot``) a part of the rows of one.
-        matrices: the experts that saw any token.
-        rows_before: rows of the expert's matrix in tensors before this one.
-    """
-    wanted = range(weight.matrices) if weight.slot is None else [weight.slot[0]]
-    found = []
-    shared: Statistics | None = None
-    for expert in wanted:
-        own = get((weight.parameter, expert))
-        tokens = 0 if own is None else own.count or 0
-        if tokens < weight.matrix_shape[1]:
-            if shared is None and matrices:
-                shared = pooled([s for m in matrices if (s := get((weight.parameter, m))) is not None])
-            own = None if shared is None else replace(shared, count=tokens)
-        if own is not None and weight.slot is not None and own.output_curvature is not None:
-            rows = slice(rows_before, rows_before + weight.matrix_shape[0])
-            own = replace(own, output_curvature=own.output_curvature[rows])
-        found.append(own)
-    return tuple(found)
-
-
-def rows_before(weights: Sequence[Weight]) -> dict[str, int]:
-    """Tensors that are a part of an expert's rows → rows in the parts before it."""
-    found: dict[str, int] = {}
-    rows: dict[Key, int] = {}
-    for weight in sorted((w for w in weights if w.slot is not None), key=lambda w: w.slot or (0, 0)):
-        key = weight.parameter, (weight.slot or (0, 0))[0]
-        found[weight.name] = rows.get(key, 0)
-        rows[key] = found[weight.name] + weight.matrix_shape[0]
-    return found
-
-
-def pooled(statistics: Sequence[Statistics]) -> Statistics | None:
-    """The statistics of all these inputs together; None where there are none."""
-    total = sum(s.count or 0 for s in statistics)
-    if not total:
-        return None
-
-    def mean(name: str) -> Tensor | None:
-        values = [(s.count or 0, getattr(s, name)) for s in statistics]
-        if any(value is None for _, value in values):
-            return None
-        summed: Tensor = sum(value.double() * (count / total) for count, value in values)
-        return summed.float()
-
-    names = ("hessian", "mean", "mean_abs", "output_curvature")
-    return Statistics(count=total, **{name: mean(name) for name in names})
 
 
 @contextmanager

@@ -132,7 +132,6 @@ def large() -> str:
     rows = {
         **result["commands"],
         f"compress --recipe {calibrated['recipe']}`, {reading} `": calibrated["compress"],
-        f"calibrate`, {calibrated['calibrate']['tokens']:,} tokens `": calibrated["calibrate"],
     }
     return table(
         ("command", "peak resident memory, MB", "wall time, s"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,9 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from tenpak.calibration.collect import collect
+from tenpak.calibration.observe import Product
 from tenpak.calibration.skeleton import OUTSIDE, Skeleton
-from tenpak.calibration.sums import Key, Sums
+from tenpak.calibration.sums import BatchSums, Key, Sums
 from tenpak.checkpoint.source import open_checkpoint
 from tenpak.checkpoint.structure import bind, build_meta_model
 from tenpak.codecs.base import Statistics
@@ -255,6 +258,23 @@ def test_only_one_block_is_loaded_at_a_time(llama: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(Skeleton, "load", watch)
     collected(llama)
     assert most == 1
+
+
+def test_no_graph_outlives_its_batch(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hook that holds the tensor it hangs on keeps everything behind it, which no collector can see."""
+    results: list[weakref.ref[Tensor]] = []
+    see = BatchSums.see
+
+    def watch(self: BatchSums, product: Product) -> None:
+        results.append(weakref.ref(product.result))
+        see(self, product)
+
+    monkeypatch.setattr(BatchSums, "see", watch)
+    collected(llama)
+    gc.collect()
+    assert len(results) > 20
+    alive = [result() for result in results if result() is not None]
+    assert not alive, f"{len(alive)} of {len(results)}: {[(tuple(a.shape), a.grad_fn) for a in alive[:5]]}"
 
 
 def test_a_text_without_tokens_is_refused(llama: Path) -> None:

@@ -141,8 +141,9 @@ class BatchSums:
         key = product.parameter, product.index
         x = product.input.detach()
         if product.result.requires_grad:
+            part = product.part  # not the product: a hook that holds its own tensor would keep the whole graph for good
             product.result.register_hook(  # type: ignore[no-untyped-call]
-                lambda gradient: self._square(key, product.part(gradient))
+                lambda gradient: self._square(key, part(gradient))
             )
         if self._last is not None and _same(self._last[0], x) and key not in self.sums.group_of:
             self.sums.group_of[key] = self._last[1]

@@ -33,7 +33,7 @@ bench: $(READY) ## measure speed, memory and overhead; write benchmarks/results/
 clean: ## remove the environment and everything generated
 	rm -rf $(VENV) demo-artifact .pytest_cache .mypy_cache .ruff_cache
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tenpak needs Python 3.11 or newer; try make PYTHON=python3.12")'
 	@echo "setting up $(VENV) (once)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["one_thread", "ordered_map", "worker_count"]
+__all__ = ["each", "one_thread", "ordered_map", "worker_count"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -63,6 +63,14 @@ def ordered_map(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterat
             torch.set_num_threads(threads)
             pool.shutdown(wait=True, cancel_futures=True)
             _give_back_memory()
+
+
+def each(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """All results of ``ordered_map``, without its cost where there is nothing to share."""
+    if len(items) > 1 and worker_count() > 1:
+        return list(ordered_map(work, items))
+    with one_thread():
+        return [work(item) for item in items]
 
 
 def _give_back_memory() -> None:

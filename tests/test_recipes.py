@@ -16,8 +16,10 @@ from tenpak.codecs.normalfloat import NormalFloat
 from tenpak.codecs.residual import Residual
 from tenpak.codecs.rotated import Rotated
 from tenpak.codecs.rounding import Gptq, Nearest
+from tenpak.codecs.trellis import Trellis
 from tenpak.codecs.uniform import Uniform
 from tenpak.errors import RecipeError, UnknownCodecError
+from tenpak.kernels.core import STATES
 from tenpak.recipes import PRESETS, format, parse, parse_overrides
 
 
@@ -78,6 +80,12 @@ from tenpak.recipes import PRESETS, format, parse, parse_overrides
             "int4-calibrated:g32+nf3-learned:row",
             Residual(ChannelScaled(Uniform(4, 32), 0.5), NormalFloat(3, None, "learned")),
         ),
+        ("trellis:0.001", Trellis(0.001)),
+        (" TRELLIS : 1e-3 : Datafree ", Trellis(0.001, calibrated=False)),
+        ("trellis:.5:states=8:rate=0:damp=0.1", Trellis(0.5, 8, rate_weight=0.0, damping=0.1)),
+        ("trellis:2:damp=1:datafree:states=1", Trellis(2.0, 1, False, damping=1.0)),
+        ("trellis:0.01:datafree+int4:g16", Residual(Trellis(0.01, calibrated=False), Uniform(4, 16))),
+        ('{"id": "trellis/1", "step": 1}', Trellis(1.0)),
         ("bf16", Dense("bfloat16")),
         ("fp16", Dense("float16")),
         ("fp32", Dense("float32")),
@@ -111,6 +119,14 @@ def test_parse(text: str, codec: Codec | None) -> None:
         (Rotated(NormalFloat(3, None), 7), "spin-nf3:row:seed=7"),
         (ChannelScaled(Rotated(Uniform(4, 64), 1), 0.25), "awq-spin-int4:g64:exp=0.25:seed=1"),
         (Rotated(ChannelScaled(Uniform(4, 64))), "spin-awq-int4:g64"),
+        (Trellis(0.001), "trellis:0.001"),
+        (Trellis(1e-05, 8, False, 0.5, 0.02), "trellis:1e-05:datafree:states=8:rate=0.5:damp=0.02"),
+        (Residual(Trellis(1.0), Dense("bfloat16")), "trellis:1.0+bf16"),
+        (
+            ChannelScaled(Trellis(1.0, 1)),
+            '{"id":"channelscaled/1","inner":{"id":"trellis/1","step":1.0,"states":1,'
+            '"calibrated":true,"rate_weight":0.3,"damping":0.01},"exponent":null}',
+        ),
         (None, "dense"),
     ],
 )
@@ -126,6 +142,9 @@ stages = st.one_of(
     st.builds(Uniform, st.integers(2, 8), groups, st.booleans(), st.booleans(), roundings),
     st.builds(NormalFloat, st.integers(2, 4), groups, st.sampled_from(["normal", "learned"]), roundings),
     st.builds(Dense, st.sampled_from(["float32", "bfloat16", "float16"])),
+    st.builds(
+        Trellis, st.floats(1e-12, 1e6), st.sampled_from(STATES), st.booleans(), st.floats(0, 2), st.floats(1e-6, 1)
+    ),
 )
 exponents = st.none() | st.floats(0, 1)
 seeds = st.integers(0, 2**32 - 1)
@@ -159,11 +178,23 @@ prefix_text = st.builds(
     st.lists(st.sampled_from(["gptq-", "awq-", "spin-"]), max_size=4),
     option_words,
 )
+trellis_text = st.builds(
+    lambda words: ":".join(["trellis", *words]),
+    st.lists(
+        st.sampled_from(["1", "1e-3", "inf", "nan", "-1", "", "datafree", "states=8", "states=", "rate=1", "damp=0.1"])
+    ),
+)
 preset_text = st.builds(lambda name, words: ":".join([name, *words]), st.sampled_from(sorted(PRESETS)), option_words)
 
 
 @settings(deadline=None, max_examples=500, derandomize=True)
-@given(st.text(max_size=30) | st.text(alphabet='intfgrow0123456789:+{}" -', max_size=20) | prefix_text | preset_text)
+@given(
+    st.text(max_size=30)
+    | st.text(alphabet='intfgrow0123456789:+{}" -', max_size=20)
+    | prefix_text
+    | preset_text
+    | trellis_text
+)
 def test_any_text_is_a_recipe_or_a_recipe_error(text: str) -> None:
     try:
         codec = parse(text)
@@ -220,6 +251,30 @@ def test_any_text_is_a_recipe_or_a_recipe_error(text: str) -> None:
         ("int4-opt:", "only a group can follow", "int4-opt:g64"),
         ("int4-opt:g7", "group must be an integer from 8 to 256", "8 to 256"),
         ("int4-calibrate:g32", "is not a recipe", "int4-calibrated"),
+        ("trellis", "'trellis' is not trellis:STEP", "trellis:0.001"),
+        ("trellis:", "is not trellis:STEP", "trellis:0.001"),
+        ("trellis:fine", "is not trellis:STEP", "trellis:0.001"),
+        ("trellis:datafree", "is not trellis:STEP", "datafree, states=, rate=, damp="),
+        ("trellis:0.01:0.02", "with options, each once", "datafree, states=, rate=, damp="),
+        ("trellis:0.01:states", "with options", "states="),
+        ("trellis:0.01:states=", "with options", "states="),
+        ("trellis:0.01:states=many", "with options", "states="),
+        ("trellis:0.01:g32", "with options", "datafree, states=, rate=, damp="),
+        ("trellis:0.01:datafree=1", "with options", "datafree"),
+        ("trellis:0.01:datafree:datafree", "each once", "datafree"),
+        ("trellis:0.01:damp=0.1:damp=0.1", "each once", "damp="),
+        ("int4+trellis:0.01:rate", "'int4\\+trellis:0.01:rate' is not trellis:STEP", "rate="),
+        ("trellis:0", "step must be a number from 1e-12 to 1e\\+06, got 0.0", "1e-12"),
+        ("trellis:nan", "is not trellis:STEP", "trellis:0.001"),
+        ("trellis:inf", "step must be a number", "1e-12"),
+        ("trellis:-0.1", "step must be a number", "1e-12"),
+        ("trellis:0.01:states=3", "states must be one of 1, 4, 8, 16, 32, 64, 128, 256", "256"),
+        ("trellis:0.01:states=8.5", "states must be one of", "256"),
+        ("trellis:0.01:states=inf", "states must be one of", "256"),
+        ("trellis:0.01:rate=3", "rate_weight must be a number from 0 to 2, got 3", "0 to 2"),
+        ("trellis:0.01:damp=0", "damping must be a number from 1e-06 to 1", "1e-06"),
+        ("gptq-trellis:0.01", "'gptq-trellis:0.01' is not a recipe", "did you mean trellis:0.001"),
+        ("treliss:0.01", "'treliss:0.01' is not a recipe", "did you mean trellis:0.001"),
         ("int4:g32:row", "more than once", "one of them"),
         ("int4:search:search", "more than once", "one of them"),
         ("int4+", "'' in recipe 'int4\\+' is not a recipe", "int4:g32"),

@@ -5,6 +5,7 @@ Grammar (case and surrounding blanks do not matter)::
     recipe  = "dense" | stage { "+" stage } | JSON object       a sum encodes what the stages before it leave
     stage   = { "awq-" | "spin-" } [ "gptq-" ] grid { ":" option }
             | "fp32" | "bf16" | "fp16"                          dense in that dtype
+            | "trellis:" STEP { ":" option }                    entropy-coded, rate by the step; needs calibration
             | preset [ ":" group ]                              the group replaces the preset's
     grid    = "int" BITS | "nf" BITS                            uniform, BITS 2 to 8; normalfloat, BITS 2 to 4
     group   = "g" SIZE | "row"                                  weights per scale, 8 to 256, or one scale per row
@@ -14,19 +15,22 @@ Grammar (case and surrounding blanks do not matter)::
             | "actorder" | "damp=" NUMBER | "sweeps=" COUNT     gptq only: order, relative damping, coordinate descent
             | "exp=" NUMBER                                     awq only: the exponent, 0 to 1
             | "seed=" COUNT                                     spin only: of the rotation's signs
+            | "datafree"                                        trellis only: no calibration, all inputs alike
+            | "states=" COUNT | "rate=" NUMBER | "damp=" NUMBER trellis only: 1 to 256, cost of a bit, damping
 
 ``awq-`` scales the input channels by their activity, ``spin-`` rotates the inputs, each at most once, the first of them
 outermost: ``awq-spin-int4`` scales channels and rotates the scaled ones.
 
 What is left out: ``g32`` for int2 to int7, ``row`` for int8, ``g64`` for nf, ``g128`` after a prefix; ``sym`` for rows,
-``asym`` for groups; ``damp=0.01``, ``sweeps=0``, ``seed=0``; the exponent is searched. Without ``gptq-`` weights are
-rounded to nearest. ``dense`` means "leave it as it was" and parses to None.
+``asym`` for groups; ``damp=0.01``, ``sweeps=0``, ``seed=0``, ``states=256``, ``rate=0.3``; the exponent is
+searched. Without ``gptq-`` weights are rounded to nearest. ``dense`` means "leave it as it was" and parses to None.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -39,6 +43,7 @@ from tenpak.codecs.normalfloat import NormalFloat
 from tenpak.codecs.residual import Residual
 from tenpak.codecs.rotated import Rotated
 from tenpak.codecs.rounding import Gptq, Nearest, Rounding
+from tenpak.codecs.trellis import Trellis
 from tenpak.codecs.uniform import Uniform
 from tenpak.errors import RecipeError
 
@@ -171,6 +176,8 @@ def _parse_stage(stage: str, recipe: str) -> Codec:
             hint="to store what remains in full use fp32, bf16 or fp16",
         )
     head, *options = [word.strip() for word in stage.split(":")]
+    if head == "trellis":
+        return _trellis(options, recipe)
     match = _GRID_STAGE.fullmatch(head)
     if match is None and head in PRESETS:
         return _regrouped(head, options, recipe)
@@ -208,6 +215,27 @@ def _regrouped(name: str, options: list[str], recipe: str) -> Codec:
     codec = parse(re.sub(rf"(?<=:)({_GROUP.pattern})(?=$|[:+])", options[0], PRESETS[name].recipe))
     assert codec is not None  # no preset is dense
     return codec
+
+
+def _trellis(options: list[str], recipe: str) -> Codec:
+    """The codec of ``trellis:STEP`` and its options."""
+    known = {"states=": 256.0, "rate=": 0.3, "damp=": 0.01}
+    values: dict[str, float] = {}
+    words = [word.partition("=") for word in options[1:]]
+    names = [name + equals for name, equals, _ in words]
+    try:
+        step = float(options[0])
+        values = {name + equals: float(value) if equals else 1.0 for name, equals, value in words}
+    except (IndexError, ValueError):
+        step = math.nan
+    if math.isnan(step) or len(set(names)) < len(names) or not set(names) <= {*known, "datafree"}:
+        raise RecipeError(
+            f"{recipe!r} is not trellis:STEP with options, each once",
+            hint=f"e.g. trellis:0.001; options are datafree, {', '.join(known)}",
+        )
+    found = {**known, **values}
+    states = int(found["states="]) if found["states="].is_integer() else -1
+    return Trellis(step, states, "datafree" not in found, found["rate="], found["damp="])
 
 
 def _grid(kind: str, bits: int, group: int | None, words: set[str], rounding: Rounding, recipe: str) -> Codec:
@@ -274,7 +302,7 @@ def _options(
 def _unknown_stage(head: str, stage: str, recipe: str) -> RecipeError:
     grids = [*(f"int{b}" for b in range(2, 9)), *(f"nf{b}" for b in range(2, 5))]
     stems = [*grids, *(prefix + grid for prefix in _PREFIXES for grid in grids), *_DENSE_WORDS, "dense"]
-    known = list(dict.fromkeys([*PRESETS, *stems]))
+    known = list(dict.fromkeys([*PRESETS, *stems, "trellis:0.001"]))
     misplaced = re.fullmatch(r"gptq-((?:awq-|spin-)+)(\w+)", head)
     near = [f"{misplaced[1]}gptq-{misplaced[2]}"] if misplaced else []
     near = near or difflib.get_close_matches(stage, known, n=2, cutoff=0.6)
@@ -302,6 +330,8 @@ def _words(codec: Codec) -> str | None:
         return prefix + ":".join([*words, *options])
     if isinstance(codec, ChannelScaled | Rotated):
         return _prefixed(codec)
+    if isinstance(codec, Trellis):
+        return _trellis_words(codec)
     if isinstance(codec, Dense):
         return next(word for word, dtype in _DENSE_WORDS.items() if dtype == codec.dtype)
     if isinstance(codec, Residual) and not isinstance(codec.base, Residual):
@@ -326,6 +356,17 @@ def _prefixed(codec: Codec) -> str | None:
         codec = codec.inner
     words = _words(codec) if isinstance(codec, Uniform | NormalFloat) else None
     return None if words is None else ":".join([prefix + words, *options])
+
+
+def _trellis_words(codec: Trellis) -> str:
+    """Step and the options in which a codec differs from what is left out."""
+    plain = Trellis(codec.step)
+    words = [f"trellis:{codec.step!r}"]
+    words += [] if codec.calibrated else ["datafree"]
+    words += [f"states={codec.states}"] if codec.states != plain.states else []
+    words += [f"rate={codec.rate_weight!r}"] if codec.rate_weight != plain.rate_weight else []
+    words += [f"damp={codec.damping!r}"] if codec.damping != plain.damping else []
+    return ":".join(words)
 
 
 def _gptq_words(rounding: Gptq) -> list[str]:

@@ -1,7 +1,7 @@
 """An independent reader of artifacts, written from docs/format.md: numpy and the standard library only.
 
 ``Reader(folder).decode(name)`` gives a compressed tensor as FP32, ``dense(name)`` one that is stored as it was.
-It checks what the format says a reader checks. It is slow and plain on purpose.
+It checks what the format says a reader checks. It is slow and plain on purpose. numpy_trellis.py is a part of it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy_trellis
 
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2,
          "U8": 1, "BOOL": 1}  # fmt: skip
@@ -130,6 +131,8 @@ def decode_matrix(codec: dict[str, Any], fields: dict[str, np.ndarray], rows: in
         return decode_matrix(codec["inner"], inner, rows, columns) * scales
     if codec["id"] == "rotated/1":
         return rotate_back(decode_matrix(codec["inner"], fields, rows, columns), codec["seed"])
+    if codec["id"] == "trellis/1":
+        return numpy_trellis.decode(codec, fields["stream"].tobytes(), rows, columns)
     bits = codec["bits"]
     codes = unpack(fields["codes"], bits, columns)
     size = columns if codec["group"] is None else codec["group"]

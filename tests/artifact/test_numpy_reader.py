@@ -30,6 +30,8 @@ RECIPES = (
     *("nf3:row", "fp32", "bf16", "fp16", "int4:g16+int2:g16", "int2:g8+nf3:row:learned+int3:g16:sym", "nf2:g8+bf16"),
     *("awq-int4:g16", "awq-nf3:g8:learned:exp=1.0", "spin-int3:g32", "spin-int8:row:seed=5"),
     *("awq-spin-gptq-int4:g32:exp=0.3", "spin-awq-int2:g8:exp=0.5+spin-int2:g8:seed=4294967295"),
+    *("trellis:0.3:datafree", "trellis:0.02:datafree:states=8", "trellis:1e-4:datafree", "trellis:3e-6:datafree"),
+    *("trellis:0.01:datafree:states=1", "trellis:0.005", "trellis:0.02:states=8:rate=0.0", "trellis:1e-4:states=1"),
 )
 ODD = ((1, 1), (1, 8), (3, 7), (5, 33), (7, 64), (2, 257))
 
@@ -56,12 +58,14 @@ def write(folder: Path, weights: dict[str, tuple[tuple[int, ...], str]], **optio
         return writer.publish(blank_manifest(), {})
 
 
-def test_reader_is_independent() -> None:
-    source = (Path(__file__).parent / "numpy_reader.py").read_text(encoding="utf-8")
+@pytest.mark.parametrize("file", ["numpy_reader.py", "numpy_trellis.py"])
+def test_reader_is_independent(file: str) -> None:
+    source = (Path(__file__).parent / file).read_text(encoding="utf-8")
     nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)]
     modules = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
     modules |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
-    assert modules <= {"__future__", "hashlib", "json", "math", "struct", "pathlib", "typing", "numpy"}
+    standard = {"__future__", "functools", "hashlib", "io", "json", "math", "pathlib", "struct", "typing"}
+    assert modules <= {*standard, "numpy", "numpy_trellis"}
 
 
 @pytest.mark.parametrize("shape", ODD, ids=str)
@@ -131,6 +135,19 @@ def test_models(family: str, recipe: str, tmp_path: Path) -> None:
     manifest = open_artifact(tmp_path / "artifact").manifest
     assert any(entry.transposed for entry in manifest.weights.values()) == (family in ("gpt2", "gpt_oss"))
     assert any(len(entry.shape) == 3 for entry in manifest.weights.values()) == (family == "gpt_oss")
+    compare(tmp_path / "artifact")
+
+
+@pytest.mark.parametrize(
+    ("family", "recipe"), [("gpt2", "trellis:0.02:datafree:states=8"), ("gpt_oss", "trellis:0.3:datafree")]
+)
+def test_models_of_one_codec(family: str, recipe: str, tmp_path: Path) -> None:
+    """Embeddings too."""
+    changes = {"n_layer": 1} if family == "gpt2" else {"num_hidden_layers": 1}
+    make_tiny(family, tmp_path / "model", vocab_size=128, **changes)
+    tenpak.compress(tmp_path / "model", tmp_path / "artifact", recipe=recipe, overrides=[f"*={recipe}"])
+    manifest = open_artifact(tmp_path / "artifact").manifest
+    assert any(entry.shape[0] == 128 for entry in manifest.weights.values())
     compare(tmp_path / "artifact")
 
 

@@ -134,6 +134,8 @@ def test_rows_do_not_depend_on_the_other_rows(case: Case) -> None:
     """Tiles leave no trace: two halves encode like the whole (codecs with a table per tensor aside)."""
     if any("levels" in name for name in case.encode(normal(2, 8)).tensors):
         pytest.skip("levels are learned from the whole weight")
+    if case.codec.fields((2, 8)) is None:
+        pytest.skip("what a level costs, which its choice depends on, is fitted to the whole weight")
     if case.calibrated:
         pytest.skip("products of matrices of other sizes differ in the last bit, which a tie makes visible")
     weight = normal(300, 1100)
@@ -265,4 +267,5 @@ def test_statistics_are_accepted(case: Case) -> None:
     statistics = Statistics(hessian=x.t() @ x / 100, output_curvature=torch.linspace(0, 1, 6))
     payload = case.codec.encode(weight, statistics)
     assert same_bytes(payload, case.codec.encode(weight, statistics))
-    assert relative_rms(weight, case.codec.decode(payload)) <= max(2 * case.rms, 1e-9)
+    # Rows and inputs that do not matter may lose everything where the error is set in units of the loss.
+    assert relative_rms(weight, case.codec.decode(payload)) <= max(1.0 if case.absolute else 2 * case.rms, 1e-9)

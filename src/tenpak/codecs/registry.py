@@ -31,6 +31,7 @@ _BUILTIN = (
     ("normalfloat/1", "tenpak.codecs.normalfloat:NormalFloat"),
     ("residual/1", "tenpak.codecs.residual:Residual"),
     ("rotated/1", "tenpak.codecs.rotated:Rotated"),
+    ("trellis/1", "tenpak.codecs.trellis:Trellis"),
     ("uniform/1", "tenpak.codecs.uniform:Uniform"),
 )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tenpak.errors import RecipeError
 
 __all__ = ["require_bool", "require_choice", "require_group", "require_integer", "require_number"]
@@ -46,10 +48,10 @@ def require_bool(codec: str, field: str, value: object) -> None:
         )
 
 
-def require_choice(codec: str, field: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise RecipeError unless ``value`` is one of ``choices``."""
-    if value not in choices:
+def require_choice(codec: str, field: str, value: object, choices: Sequence[object]) -> None:
+    """Raise RecipeError unless ``value`` is one of ``choices``, and of its type."""
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        names = ", ".join(map(str, choices))
         raise RecipeError(
-            f"codec {codec}: {field} must be one of {', '.join(choices)}, got {value!r}",
-            hint=f"choose {field} from {', '.join(choices)}",
+            f"codec {codec}: {field} must be one of {names}, got {value!r}", hint=f"choose {field} from {names}"
         )

@@ -37,12 +37,14 @@ class Feedback:
         order: the columns in the order in which they are rounded, int64 ``[in]``; None for as they are.
         earlier: F of the columns before, FP32 ``[in, in]``, unit lower triangular, in that order.
         others: F of all other columns, FP32 ``[in, in]`` with a zero diagonal; None where no sweep is made.
+        pivots: U[k, k]², what a squared error of u costs in column k, FP32 ``[in]`` in the Hessian's units.
         damping: λ relative to the mean diagonal, as it was needed.
     """
 
     order: Tensor | None
     earlier: Tensor
     others: Tensor | None
+    pivots: Tensor
     damping: float
 
     def to(self, device: torch.device) -> Feedback:
@@ -51,7 +53,9 @@ class Feedback:
         def move(part: Tensor | None) -> Tensor | None:
             return None if part is None else part.to(device)
 
-        return Feedback(move(self.order), self.earlier.to(device), move(self.others), self.damping)
+        return Feedback(
+            move(self.order), self.earlier.to(device), move(self.others), self.pivots.to(device), self.damping
+        )
 
 
 def feedback(
@@ -66,22 +70,22 @@ def feedback(
         CodecError: it is not ``[in, in]``, not finite, or has a negative diagonal.
         SingularHessianError: it is indefinite.
     """
-    hessian = _scaled(statistics, columns)
+    hessian, mean = _scaled(statistics, columns)
     order = None
     if by_activation:
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
         hessian = hessian[order][:, order]
-    earlier, damping = _earlier(hessian, damping)
+    earlier, pivots, damping = _earlier(hessian, damping)
     others = None
     if sweeps:
         others = hessian
         diagonal = others.diagonal() + damping
         others.div_(diagonal.unsqueeze(1)).fill_diagonal_(0)
-    return Feedback(order, earlier, others, damping)
+    return Feedback(order, earlier, others, pivots * mean, damping)
 
 
-def _scaled(statistics: Statistics | None, columns: int) -> Tensor:
-    """A copy of the Hessian with mean diagonal one (the identity for a zero one), dead columns cleared, FP32."""
+def _scaled(statistics: Statistics | None, columns: int) -> tuple[Tensor, float]:
+    """A copy of the Hessian with mean diagonal one (the identity for a zero one), dead columns cleared; that mean."""
     hessian = None if statistics is None else statistics.metric
     if hessian is None:
         raise MissingStatisticsError(
@@ -95,17 +99,17 @@ def _scaled(statistics: Statistics | None, columns: int) -> Tensor:
         raise CodecError("the Hessian holds NaN or infinite values or a negative diagonal", hint="calibrate again")
     mean = float(diagonal.mean())
     if not mean > 0:
-        return torch.eye(columns, device=hessian.device)
+        return torch.eye(columns, device=hessian.device), 1.0
     # An FP32 mean may be denormal, and its reciprocal infinite; the quotient is safe.
     scaled = (hessian.double() / mean).float() if mean < 1e-30 or mean > 1e30 else (hessian / mean).float()
     dead = diagonal == 0
     if bool(dead.any()):
         scaled[dead], scaled[:, dead] = 0, 0
-    return scaled
+    return scaled, mean
 
 
-def _earlier(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
-    """F of the columns before, and the damping with which the factorisation succeeded: tenfold at each failure."""
+def _earlier(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor, float]:
+    """F of the columns before, pivots, and the damping with which Cholesky succeeded: tenfold at each failure."""
     reverse = hessian.flip(0, 1)
     start = damping
     while True:
@@ -123,7 +127,8 @@ def _earlier(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
         damping = min(10 * damping, _MOST_DAMPING)
     del reverse
     earlier = lower.mT.flip(0, 1)
-    return earlier.div_(earlier.diagonal().clone().unsqueeze(1)).float(), damping
+    diagonal = earlier.diagonal().clone()
+    return earlier.div_(diagonal.unsqueeze(1)).float(), diagonal.square().float(), damping
 
 
 def _cholesky(hessian: Tensor, damping: float, dtype: torch.dtype) -> Tensor | None:

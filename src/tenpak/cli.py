@@ -12,13 +12,37 @@ import time
 import warnings
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
 from tenpak.console import err, explain_dense, out, print_json, print_result, print_tensors, progress_bar
 from tenpak.errors import ArtifactError, CheckpointError, TenpakError
+from tenpak.options import (
+    Artifact,
+    Bpw,
+    Device,
+    Dtype,
+    Evaluation,
+    Json,
+    MaxBytes,
+    MaxKl,
+    MaxPpl,
+    Model,
+    Out,
+    Overrides,
+    Propagation,
+    Recipe,
+    Remote,
+    Revision,
+    StatisticsOf,
+    Target,
+    Text,
+    Tokens,
+    Window,
+    WorkFolder,
+)
 
 __all__ = ["app", "main"]
 
@@ -31,44 +55,25 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="model folder or Hugging Face id")]
-Artifact = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="folder that `tenpak compress` wrote")]
-Text = Annotated[
-    str | None, typer.Option("--calibration", help="text to calibrate on; default: the model's own, or sampled from it")
-]
-Tokens = Annotated[int, typer.Option("--calibration-tokens", min=2, help="read at most this many of its tokens")]
-Window = Annotated[
-    int | None, typer.Option("--calibration-window", min=1, help="tokens per window; default: the model's context")
-]
-Revision = Annotated[str | None, typer.Option(help="branch, tag or commit of the hub repository")]
-Json = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
-Remote = Annotated[bool, typer.Option("--trust-remote-code", help="let transformers run the model's own code")]
-Dtype = Annotated[str, typer.Option(help="dtype that models compute in: float32, bfloat16, float16 or auto")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, …", callback=lambda name: _known_device(name))]
-
 
 @app.command()
 def compress(
     model: Model,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="folder to write")] = None,
-    recipe: Annotated[
-        str, typer.Option("--recipe", "-r", help="codec of the matrices; see `tenpak recipes`")
-    ] = "int4:g32",
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="PATTERN=RECIPE", help="another codec for matching tensors")
-    ] = None,
+    out: Out = None,
+    recipe: Recipe = None,
+    target: Target = None,
+    bpw: Bpw = None,
+    max_bytes: MaxBytes = None,
+    max_kl: MaxKl = None,
+    max_ppl_increase: MaxPpl = None,
+    overrides: Overrides = None,
     calibration: Text = None,
     calibration_tokens: Tokens = 131_072,
     window: Window = None,
-    statistics: Annotated[Path | None, typer.Option(help="folder that `tenpak calibrate` wrote for this model")] = None,
-    propagation: Annotated[
-        Literal["original", "own", "none"],
-        typer.Option(metavar="HOW", help="correct later blocks towards the original, own outputs, or none"),
-    ] = "original",
-    work: Annotated[Path | None, typer.Option(help="folder for finished tensors; default: beside -o")] = None,
-    evaluation: Annotated[
-        str | None, typer.Option(help="text to measure on: file, folder, dataset id, or none")
-    ] = None,
+    statistics: StatisticsOf = None,
+    propagation: Propagation = "original",
+    work: WorkFolder = None,
+    evaluation: Evaluation = None,
     seed: Annotated[int, typer.Option(help="for codecs that draw random numbers")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the artifact at -o")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only predict bytes, memory, disk and time")] = False,
@@ -77,13 +82,16 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """Compress MODEL into an artifact and, given a text, measure what that cost."""
+    from tenpak.allocation.budget import one_budget
     from tenpak.pipeline import compress as run
     from tenpak.prediction import predict
     from tenpak.report.rows import prediction_rows
 
     _quiet()
+    budget = one_budget(target=target, bpw=bpw, bytes=max_bytes, kl=max_kl, ppl=max_ppl_increase)
     options: dict[str, Any] = {
         "recipe": recipe,
+        "budget": budget,
         "overrides": tuple(overrides or ()),
         "calibration_tokens": calibration_tokens,
         "propagation": propagation,
@@ -357,16 +365,6 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 
 def _warn(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any) -> None:
     err.print(f"warning: {message}", soft_wrap=True, markup=False)
-
-
-def _known_device(name: str) -> str:
-    import torch
-
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise typer.BadParameter(f"torch cannot use {name!r} here: {str(error).splitlines()[0]}") from error
-    return name
 
 
 def _quiet() -> None:

@@ -7,6 +7,7 @@
     ├ CalibrationError   MissingStatisticsError, SingularHessianError
     ├ CodecError         UnknownCodecError (LookupError), UnsupportedShapeError, InvalidPayloadError,
     │                    RecipeError (ValueError)
+    ├ AllocationError    BudgetError (ValueError), InfeasibleBudgetError (ValueError)
     ├ ArtifactError      FormatVersionError, CorruptArtifactError, OutputExistsError
     └ EvaluationError
 
@@ -17,13 +18,16 @@ in one line each and exits non-zero.
 from __future__ import annotations
 
 __all__ = [
+    "AllocationError",
     "ArtifactError",
+    "BudgetError",
     "CalibrationError",
     "CheckpointError",
     "CodecError",
     "CorruptArtifactError",
     "EvaluationError",
     "FormatVersionError",
+    "InfeasibleBudgetError",
     "InvalidPayloadError",
     "MissingStatisticsError",
     "MissingTensorError",
@@ -97,6 +101,18 @@ class InvalidPayloadError(CodecError):
 
 class RecipeError(CodecError, ValueError):
     """A recipe string or JSON cannot be understood, or a value in it is out of range."""
+
+
+class AllocationError(TenpakError):
+    """A budget cannot be used."""
+
+
+class BudgetError(AllocationError, ValueError):
+    """A budget cannot be understood."""
+
+
+class InfeasibleBudgetError(AllocationError, ValueError):
+    """No artifact of this model meets the budget; the message states the nearest that does."""
 
 
 class ArtifactError(TenpakError):

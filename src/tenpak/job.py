@@ -12,7 +12,9 @@ from tenpak.checkpoint.source import Checkpoint, open_checkpoint, tensor_sha256
 from tenpak.checkpoint.structure import Weight, bind, build_meta_model, check_coverage
 from tenpak.recipes import parse, parse_overrides
 
-__all__ = ["Job", "open_job"]
+__all__ = ["DEFAULT_RECIPE", "Job", "open_job", "replanned"]
+
+DEFAULT_RECIPE = "int4:g32"
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,13 @@ def open_job(
     check_coverage(model, weights)
     weights = tuple(_settle_tie(checkpoint, weight) for weight in weights)
     return Job(checkpoint, model.config, make_plan(weights, codec, parsed), recipe, tuple(overrides))
+
+
+def replanned(job: Job, recipe: str, overrides: Sequence[str]) -> Job:
+    """The same model with another recipe and other overrides. Raises as ``open_job`` does."""
+    parsed = [Override(pattern, override) for pattern, override in parse_overrides(overrides)]
+    plan = make_plan([entry.weight for entry in job.plan.entries], parse(recipe), parsed)
+    return replace(job, plan=plan, recipe=recipe, overrides=tuple(overrides))
 
 
 def _settle_tie(checkpoint: Checkpoint, weight: Weight) -> Weight:

@@ -12,15 +12,17 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tenpak.allocation.budget import Budget
 from tenpak.allocation.plan import is_parameter
 from tenpak.artifact.leftovers import remove_unused
 from tenpak.artifact.schema import (
@@ -42,9 +44,10 @@ from tenpak.artifact.writer import (
 from tenpak.calibrating import DEFAULT_TOKENS
 from tenpak.calibration.choice import Text
 from tenpak.checkpoint.source import Checkpoint, fingerprint, source_sha256, tensor_sha256
+from tenpak.dial import Dialled, dial, dialled_job, report_of
 from tenpak.encoding import bias_of, corrected_bias, require_finite
-from tenpak.errors import ArtifactError, CalibrationError, CodecError, EvaluationError
-from tenpak.job import Job, open_job
+from tenpak.errors import ArtifactError, BudgetError, CalibrationError, CodecError, EvaluationError
+from tenpak.job import DEFAULT_RECIPE, Job, open_job
 from tenpak.report.card import model_card
 from tenpak.report.report import Report, measured
 from tenpak.task import Progress, Propagation, Task, coverage, encode_all, numbered, prepare
@@ -60,7 +63,8 @@ def compress(
     source: str | Path,
     out: str | Path,
     *,
-    recipe: str = "int4:g32",
+    recipe: str | None = None,
+    budget: str | None = None,
     overrides: Sequence[str] = (),
     calibration: str | Path | None = None,
     calibration_tokens: int = DEFAULT_TOKENS,
@@ -81,10 +85,15 @@ def compress(
     Args:
         source: model folder or hub id; FP32, FP16 or BF16 safetensors (or a weights-only ``pytorch_model.bin``).
         out: folder to write; must not exist, unless ``overwrite`` and it holds an artifact.
-        recipe: codec of the blocks' matrices: a recipe string, a preset's name, or JSON.
+        recipe: codec of the blocks' matrices: a recipe string, a preset's name, or JSON; ``int4:g32`` where neither it
+            nor a budget is given.
+        budget: instead of a recipe, what the artifact may cost: ``"10x"``, ``"3.2bpw"``, ``"25MB"`` of weight files,
+            met to half a per cent and never exceeded, or ``"kl=0.01"``, ``"ppl=1%"`` on the evaluation text. The
+            flagship codec compresses every matrix then; see ``dial``.
         overrides: ``"PATTERN=RECIPE"`` per tensor; the last match wins.
         calibration: text (file, folder or dataset id) for codecs that need statistics; None takes the model's own text
-            (``texts/calibration.txt`` in its folder) or samples one from it. Never the evaluation text.
+            (``texts/calibration.txt`` in its folder) or samples one from it. Never the evaluation text. With a budget,
+            ``"none"`` is the quick mode: all inputs count the same.
         calibration_tokens: read at most this many of its tokens.
         calibration_window: tokens per window, by default the model's context (at most 4096).
         statistics: folder that ``calibrate`` wrote for this model. With ``calibration`` as well, the same text, blocks
@@ -107,6 +116,7 @@ def compress(
 
     Raises:
         RecipeError: the recipe or an override cannot be used.
+        AllocationError: the budget cannot be understood or met; the message states what can be.
         CheckpointError: the source cannot be read or is not a decoder-only language model.
         CalibrationError: a text cannot be used, or is given for both purposes; nothing is written.
         CodecError: a weight cannot be encoded; names it.
@@ -115,7 +125,10 @@ def compress(
     """
     out = Path(out)
     check_output(out, overwrite=overwrite)
-    job = open_job(source, recipe, overrides, revision=revision, trust_remote_code=trust_remote_code)
+    spent = _budget(recipe, budget, evaluation)
+    job = open_job(source, recipe or DEFAULT_RECIPE, overrides, revision=revision, trust_remote_code=trust_remote_code)
+    if spent is not None:
+        job = dialled_job(job, 1.0, calibrated=calibration != "none")
     if evaluation is not None:
         _check_text(job, evaluation, trust_remote_code)
     started = time.perf_counter()
@@ -131,22 +144,71 @@ def compress(
     )
     if evaluation is not None:
         _require_other_text(task, evaluation)
-    run = _run(task)
+    run = _run(task) if spent is None else {**_run(task), "recipe": str(spent)}
     if work is not None and out.resolve() in (Path(work).resolve(), *Path(work).resolve().parents):
         raise ArtifactError(f"the work folder {work} lies in the output", hint="choose another --work")
-    with Work(Path(work) if work is not None else default_work(out, run), run) as units, _kept(units):
-        encode_all(task, units, progress)
-        with ArtifactWriter(out, overwrite=overwrite, max_shard_bytes=max_shard_bytes) as writer:
-            manifest = _manifest(task, _store(writer, job, units), coverage(job, units))
-            writer.publish(manifest, _config(job), copied=_kept_files(job.checkpoint))
-        units.remove()
+    with ExitStack() as stack:
+        root = stack.enter_context(Work(Path(work) if work is not None else default_work(out, run), run))
+        stack.enter_context(_kept(root))
+        measure = partial(_measured_pass, root.folder / "passes" / "artifact", evaluation)
+        task, units, search = _encoded(task, root, spent, measure, max_shard_bytes, progress, stack)
+        _publish(task, units, ArtifactWriter(out, overwrite=overwrite, max_shard_bytes=max_shard_bytes))
+        root.remove()
     remove_unused(out.parent, f".{glob.escape(out.name)}.work-*")  # of runs that were to make another artifact here
     report = measured(out, job.checkpoint.bytes, seconds=time.perf_counter() - started, reused=len(units.reused))
+    report = report.with_search(search)
     licence = _licence(job.checkpoint)
     _record(out, report, licence)  # measuring may fail or be interrupted
     if evaluation is None:
         return report
-    return _record(out, report.with_quality(_evaluate(out, job, evaluation, trust_remote_code)), licence)
+    return _record(out, report.with_quality(_evaluate(out, task, evaluation)), licence)
+
+
+def _budget(recipe: str | None, budget: str | None, evaluation: str | Path | None) -> Budget | None:
+    """The budget that was asked for, after a check that it makes sense with the rest."""
+    if budget is None:
+        return None
+    if recipe is not None:
+        raise BudgetError(
+            f"a budget ({budget}) chooses the codec itself and excludes a recipe ({recipe})",
+            hint="leave out one of them; --set PATTERN=RECIPE still decides for single tensors",
+        )
+    spent = Budget.parse(budget)
+    if not spent.is_size and evaluation is None:
+        raise BudgetError(f"the budget {spent} is measured on a text, and there is none", hint="give --evaluation TEXT")
+    return spent
+
+
+def _encoded(
+    task: Task,
+    root: Work,
+    spent: Budget | None,
+    measure: Callable[[Budget, Task, Work], float],
+    max_shard_bytes: int,
+    progress: Progress | None,
+    stack: ExitStack,
+) -> tuple[Task, Work, dict[str, Any] | None]:
+    """The task with all tensors encoded, the folder where they are, and the search that a budget took."""
+    if spent is None:
+        encode_all(task, root, progress)
+        return task, root, None
+    found, units = dial(Dialled(task, spent, root, partial(measure, spent), max_shard_bytes, progress), stack)
+    return found.task, units, report_of(found, spent)
+
+
+def _publish(task: Task, units: Work, output: ArtifactWriter) -> None:
+    """Write the artifact of finished work."""
+    job = task.job
+    with output as writer:
+        manifest = _manifest(task, _store(writer, job, units), coverage(job, units))
+        writer.publish(manifest, _config(job), copied=_kept_files(job.checkpoint))
+
+
+def _measured_pass(folder: Path, evaluation: str | Path | None, spent: Budget, task: Task, units: Work) -> float:
+    """The loss of a pass: written, and measured from its files in a fresh process."""
+    assert evaluation is not None  # the budget was checked
+    _publish(task, units, ArtifactWriter(folder, overwrite=True))
+    return float(_evaluate(folder, task, evaluation)["kl" if spent.kind == "kl" else "ppl_increase"])
 
 
 def _run(task: Task) -> dict[str, Any]:
@@ -296,10 +358,10 @@ def _check_text(job: Job, text: str | Path, trust_remote_code: bool) -> None:
         raise EvaluationError(f"the text at {str(text)!r} has a single token", hint="give a longer text")
 
 
-def _evaluate(out: Path, job: Job, text: str | Path, trust_remote_code: bool) -> dict[str, Any]:
+def _evaluate(out: Path, task: Task, text: str | Path) -> dict[str, Any]:
     """Measure the written artifact in a fresh process."""
-    command = [sys.executable, "-m", "tenpak", "evaluate", str(out), "--against", str(job.checkpoint.folder)]
-    command += ["--text", str(text), "--json", *(["--trust-remote-code"] if trust_remote_code else [])]
+    command = [sys.executable, "-m", "tenpak", "evaluate", str(out), "--against", str(task.job.checkpoint.folder)]
+    command += ["--text", str(text), "--json", *(["--trust-remote-code"] if task.trust_remote_code else [])]
     # Its progress would be drawn over that of this process; its error is told below.
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:

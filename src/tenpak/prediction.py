@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import torch
 
+from tenpak.allocation.budget import Budget
 from tenpak.allocation.plan import PlanEntry
 from tenpak.artifact.schema import CODES_SUFFIX
 from tenpak.artifact.sizes import Sizes
@@ -20,8 +21,9 @@ from tenpak.calibrating import DEFAULT_TOKENS
 from tenpak.calibration.activations import SPILL_BYTES
 from tenpak.checkpoint.header import DTYPE_BYTES
 from tenpak.checkpoint.source import tensor_sha256
+from tenpak.dial import dialled_job
 from tenpak.encoding import unit_statistics
-from tenpak.job import open_job
+from tenpak.job import DEFAULT_RECIPE, open_job
 from tenpak.kernels.parallel import worker_count
 
 __all__ = ["Prediction", "predict"]
@@ -62,7 +64,8 @@ class Prediction(Sizes):
 def predict(
     source: str | Path,
     *,
-    recipe: str = "int4:g32",
+    recipe: str | None = None,
+    budget: str | None = None,
     overrides: Sequence[str] = (),
     calibration_tokens: int = DEFAULT_TOKENS,
     propagation: str = "original",
@@ -74,7 +77,10 @@ def predict(
 
     Only where a checkpoint stores a tied weight twice are the two read, to see whether they differ.
     """
-    job = open_job(source, recipe, overrides, revision=revision, trust_remote_code=trust_remote_code)
+    job = open_job(source, recipe or DEFAULT_RECIPE, overrides, revision=revision, trust_remote_code=trust_remote_code)
+    spent = None if budget is None else Budget.parse(budget)
+    if spent is not None:
+        job = dialled_job(job, 1.0, calibrated=True)
     entries = [e for e in job.plan.entries if e.weight.tied_to is None]
     rows, exact = [], True
     for entry in entries:
@@ -88,6 +94,8 @@ def predict(
         stored = size if bits is None else weight.matrices * bits // 8
         rows.append((weight.name + CODES_SUFFIX, "U8", (stored,), stored))
     total = predicted_bytes(rows, max_shard_bytes)
+    if spent is not None and spent.is_size:
+        total = spent.bytes(job.plan.parameters)
     largest = max((e.weight.numel * DTYPE_BYTES[e.weight.dtype] for e in entries), default=0)
     payload = max((row[3] for row in rows), default=0)
     return Prediction(

@@ -24,7 +24,7 @@ from tenpak.job import Job
 from tenpak.sequential import Walk, encode_blocks
 from tenpak.work import Work
 
-__all__ = ["Progress", "Propagation", "Task", "coverage", "encode_all", "numbered", "prepare"]
+__all__ = ["Progress", "Propagation", "Task", "coverage", "encode_all", "numbered", "prepare", "statistics_of"]
 
 Propagation = Literal["original", "own", "none"]
 
@@ -62,6 +62,11 @@ class Task:
         origin = self.statistics.origin
         read = {"text": origin.text, "text_sha256": origin.text_sha256, "tokens": origin.tokens}
         return {**read, "window": origin.window, "propagation": "none"}
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether there is anything to calibrate on."""
+        return self.reading is not None or self.statistics is not None
 
     @property
     def texts(self) -> set[str]:
@@ -114,8 +119,14 @@ def numbered(job: Job) -> list[Numbered]:
     return [Numbered(n, e) for n, e in entries if e.codec is not None and e.weight.tied_to is None]
 
 
-def encode_all(task: Task, work: Work, progress: Progress | None = None) -> None:
+def encode_all(task: Task, work: Work, progress: Progress | None = None, *, statistics: Path | None = None) -> None:
     """Encode every tensor of a plan that has a codec; finished ones are in ``work`` afterwards.
+
+    Args:
+        task: what is to be encoded.
+        work: where finished tensors are, and go.
+        progress: called after each tensor.
+        statistics: where those of the original model are kept, by default in ``work``.
 
     Raises:
         CheckpointError: a tensor cannot be read.
@@ -135,7 +146,8 @@ def encode_all(task: Task, work: Work, progress: Progress | None = None) -> None
     if not any(item.number in inside for item in needing):
         inside = set()
     outside = [item for item in items if item.number not in inside]
-    known = task.statistics or _collect(task, work, [i for i in needing if i.number not in inside], needing, progress)
+    folder = statistics or work.folder / "statistics"
+    known = task.statistics or _collect(task, folder, [i for i in needing if i.number not in inside], needing, progress)
     lookup = None if known is None else _lookup(known, items)
     encode_entries(task.job.checkpoint, outside, work, lookup, done)
     if inside and models is not None:
@@ -153,6 +165,14 @@ def encode_all(task: Task, work: Work, progress: Progress | None = None) -> None
             folder=work.folder,
         )
         encode_blocks(walk, items)
+
+
+def statistics_of(task: Task, folder: Path, progress: Progress | None = None) -> Lookup | None:
+    """The original model's statistics of all tensors that need them, collected unless they are in ``folder``."""
+    items = numbered(task.job)
+    needing = [item for item in items if item.entry.codec is not None and item.entry.codec.needs_statistics]
+    known = task.statistics or _collect(task, folder, needing, needing, progress)
+    return None if known is None else _lookup(known, items)
 
 
 def coverage(job: Job, work: Work) -> dict[str, list[int]]:
@@ -174,14 +194,13 @@ def _skeletons(task: Task) -> tuple[Skeleton, Skeleton]:
 
 
 def _collect(
-    task: Task, work: Work, outside: Sequence[Numbered], needing: Sequence[Numbered], progress: Progress | None
+    task: Task, folder: Path, outside: Sequence[Numbered], needing: Sequence[Numbered], progress: Progress | None
 ) -> StatisticsFolder | None:
-    """Statistics of the original model, where anything needs them; kept in the work folder."""
+    """Statistics of the original model, where anything needs them; kept in ``folder``."""
     curvature = any(item.entry.codec is not None and item.entry.codec.uses_curvature for item in needing)
     curvature = curvature or any(item.entry.weight.kind == "embedding" for item in outside)
     if task.reading is None or not (curvature or outside):
         return None
-    folder = work.folder / "statistics"
     try:
         return StatisticsFolder(folder)
     except CalibrationError:

@@ -10,6 +10,7 @@ made.
     run.json
     units/00012.safetensors          by the tensor's place in the plan
     statistics/                      of the original model, where a recipe needs them
+    passes/<name>/                   the work of each pass of a search, where a run makes several
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ class Work:
 
     def remove(self) -> None:
         """Delete what it holds of a run, which has become an artifact or is of no use; and itself, if empty then."""
-        for name in ("units", "statistics"):
+        for name in ("units", "statistics", "passes"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         for path in self.folder.glob("run.*"):
             if path.name in (RUN_NAME, "run.partial"):
@@ -130,7 +131,12 @@ class Work:
     @property
     def empty(self) -> bool:
         """Whether nothing in it is worth keeping."""
-        return not any((self.folder / "units").glob("*.safetensors")) and not (self.folder / "statistics").exists()
+        kept = any((self.folder / name).exists() for name in ("statistics", "passes"))
+        return not kept and not any((self.folder / "units").glob("*.safetensors"))
+
+    def inner(self, name: str, more: Mapping[str, Any]) -> Work:
+        """The work of one of several passes, to be entered in its turn; ``more`` is what it depends on besides."""
+        return Work(self.folder / "passes" / name, {**self.run, **more})
 
     def has(self, number: int, name: str) -> bool:
         """Whether the unit of tensor ``name``, at ``number`` in the plan, is finished and sound."""

@@ -39,6 +39,7 @@ class Report(Sizes):
         reused: tensors that an earlier run had finished.
         calibration: what the codecs were calibrated on, or None.
         quality: what ``tenpak evaluate`` measured, or None.
+        search: budget and trials (step and cost of each, the last one taken), or None where a recipe was given.
     """
 
     artifact: str
@@ -56,6 +57,11 @@ class Report(Sizes):
     quality: Mapping[str, Any] | None = None
     reused: int = 0
     calibration: Mapping[str, Any] | None = None
+    search: Mapping[str, Any] | None = None
+
+    def with_search(self, search: Mapping[str, Any] | None) -> Report:
+        """The same report with the search that met a budget."""
+        return replace(self, search=search)
 
     def with_quality(self, quality: Mapping[str, Any] | None) -> Report:
         """The same report with a measured quality."""
@@ -80,6 +86,7 @@ class Report(Sizes):
             "seconds": self.seconds,
             "reused": self.reused,
             "calibration": None if self.calibration is None else dict(self.calibration),
+            "search": None if self.search is None else dict(self.search),
             "quality": None if self.quality is None else dict(self.quality),
         }
 

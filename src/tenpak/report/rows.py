@@ -20,6 +20,9 @@ def report_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("smaller than FP32", f"{report['ratio_fp32']:.2f}×"),
         ("smaller than the checkpoint", f"{report['ratio_checkpoint']:.2f}×"),
     ]
+    if report.get("search"):
+        tried = len(report["search"]["trials"])
+        rows.insert(1, ("budget", f"{report['search']['budget']}, met in {tried} passes"))
     if report["calibration"] is not None:
         read = report["calibration"]
         rows.append(("calibrated on", f"{read['text']}: {read['tokens']:,} tokens, propagation {read['propagation']}"))

@@ -1,0 +1,60 @@
+"""The options of the command line that several verbs share, or that would make one long."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+__all__ = [
+    "Artifact", "Bpw", "Device", "Dtype", "Evaluation", "Json", "MaxBytes", "MaxKl", "MaxPpl", "Model", "Out",
+    "Overrides", "Propagation", "Recipe", "Remote", "Revision", "StatisticsOf", "Target", "Text", "Tokens", "Window",
+    "WorkFolder",
+]  # fmt: skip
+
+
+def _known_device(name: str) -> str:
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise typer.BadParameter(f"torch cannot use {name!r} here: {str(error).splitlines()[0]}") from error
+    return name
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="model folder or Hugging Face id")]
+Artifact = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="folder that `tenpak compress` wrote")]
+Text = Annotated[
+    str | None, typer.Option("--calibration", help="text to calibrate on; default: the model's own, or sampled from it")
+]
+Tokens = Annotated[int, typer.Option("--calibration-tokens", min=2, help="read at most this many of its tokens")]
+Window = Annotated[
+    int | None, typer.Option("--calibration-window", min=1, help="tokens per window; default: the model's context")
+]
+Revision = Annotated[str | None, typer.Option(help="branch, tag or commit of the hub repository")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
+Remote = Annotated[bool, typer.Option("--trust-remote-code", help="let transformers run the model's own code")]
+Dtype = Annotated[str, typer.Option(help="dtype that models compute in: float32, bfloat16, float16 or auto")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, …", callback=lambda name: _known_device(name))]
+Out = Annotated[Path | None, typer.Option("-o", "--out", help="folder to write")]
+Recipe = Annotated[
+    str | None,
+    typer.Option("--recipe", "-r", help="codec of the matrices, default int4:g32; see `tenpak recipes`"),
+]
+Target = Annotated[str | None, typer.Option(help="not a recipe: how much smaller than FP32, e.g. 10x")]
+Bpw = Annotated[float | None, typer.Option(help="… or bits per weight over everything, e.g. 3.2")]
+MaxBytes = Annotated[str | None, typer.Option(help="… or size of the weight files, e.g. 25MB")]
+MaxKl = Annotated[float | None, typer.Option(help="… or KL divergence in nats per token, e.g. 0.01")]
+MaxPpl = Annotated[str | None, typer.Option(help="… or increase of perplexity, e.g. 1%")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="PATTERN=RECIPE", help="another codec for matching tensors")
+]
+StatisticsOf = Annotated[Path | None, typer.Option(help="folder that `tenpak calibrate` wrote for this model")]
+Propagation = Annotated[
+    Literal["original", "own", "none"],
+    typer.Option(metavar="HOW", help="correct later blocks towards the original, own outputs, or none"),
+]
+WorkFolder = Annotated[Path | None, typer.Option(help="folder for finished tensors; default: beside -o")]
+Evaluation = Annotated[str | None, typer.Option(help="text to measure on: file, folder, dataset id, or none")]

@@ -1,0 +1,102 @@
+"""The dial: budgets of size are met to half a per cent by the written files, those of quality by what was measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from families import make_tiny_talker
+from transformers.utils import logging
+
+import tenpak
+from tenpak.errors import BudgetError, InfeasibleBudgetError
+from tenpak.report.report import Report
+
+logging.disable_progress_bar()
+logging.set_verbosity_error()
+pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens for layers")
+
+CALIBRATION = "the cat sat on the mat and looked at the moon, which was as round as a cheese.\n" * 40
+EVALUATION = "a moon of cheese was on the mat, and the cat looked at it as it sat.\n" * 20
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dial")
+    make_tiny_talker(folder / "model")
+    (folder / "calibration.txt").write_text(CALIBRATION)
+    (folder / "evaluation.txt").write_text(EVALUATION)
+    return folder
+
+
+def compressed(folder: Path, name: str, **options: object) -> Report:
+    options = {"calibration": folder / "calibration.txt", **options}
+    return tenpak.compress(folder / "model", folder / name, **options)
+
+
+def weight_bytes(artifact: Path) -> int:
+    return sum(path.stat().st_size for path in artifact.glob("*.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def five_bits(folder: Path) -> Report:
+    return compressed(folder, "five", budget="5bpw")
+
+
+def test_a_budget_of_size_is_met_by_the_written_files(folder: Path, five_bits: Report) -> None:
+    limit = 5 * five_bits.parameters // 8
+    assert limit * 0.995 <= weight_bytes(folder / "five") <= limit
+    assert five_bits.bytes == weight_bytes(folder / "five")
+    assert five_bits.search is not None
+    assert five_bits.search["budget"] == "5bpw"
+    assert five_bits.search["trials"][-1]["cost"] == five_bits.bytes
+    assert set(five_bits.codecs) == {"trellis/1"}  # embeddings and head as well
+    assert not list(folder.glob(".five.*"))  # neither work nor passes are left
+
+
+def test_the_recorded_recipe_gives_the_same_bytes(folder: Path, five_bits: Report) -> None:
+    step = five_bits.search["trials"][-1]["step"] if five_bits.search else None
+    assert five_bits.recipe == f"trellis:{step!r}"
+    compressed(folder, "again", recipe=five_bits.recipe, overrides=[f"*={five_bits.recipe}"])
+    for path in sorted((folder / "five").glob("*.safetensors")):
+        assert path.read_bytes() == (folder / "again" / path.name).read_bytes()
+
+
+def test_overrides_hold_and_count(folder: Path) -> None:
+    report = compressed(folder, "mixed", budget="7bpw", overrides=["*embed*=int8:row"], propagation="none")
+    limit = 7 * report.parameters // 8
+    assert limit * 0.995 <= report.bytes <= limit
+    assert set(report.codecs) == {"trellis/1", "uniform/1"}
+
+
+def test_without_data_the_same_codec_works(folder: Path) -> None:
+    report = compressed(folder, "quick", budget="5bpw", calibration="none")
+    limit = 5 * report.parameters // 8
+    assert limit * 0.995 <= report.bytes <= limit
+    assert report.recipe.endswith(":datafree")
+    assert report.calibration is None
+
+
+def test_a_budget_of_quality_is_measured(folder: Path) -> None:
+    report = compressed(folder, "close", budget="kl=0.02", evaluation=folder / "evaluation.txt")
+    assert report.quality is not None
+    assert report.quality["kl"] <= 0.02
+    assert report.search is not None
+    assert report.search["trials"][-1]["cost"] == pytest.approx(report.quality["kl"], rel=1e-6)
+
+
+@pytest.mark.parametrize("budget", ["400x", "31bpw"])
+def test_a_budget_out_of_reach_says_what_is_in_reach(folder: Path, budget: str) -> None:
+    with pytest.raises(InfeasibleBudgetError, match=r"nearest that can be reached is about [\d,]+ bytes"):
+        compressed(folder, "never", budget=budget)
+    assert not (folder / "never").exists()
+
+
+def test_budgets_that_make_no_sense_are_refused(folder: Path) -> None:
+    with pytest.raises(BudgetError, match="excludes a recipe"):
+        compressed(folder, "never", budget="10x", recipe="int4")
+    with pytest.raises(BudgetError, match="measured on a text"):
+        compressed(folder, "never", budget="kl=0.1")
+    with pytest.raises(BudgetError, match="not a budget"):
+        compressed(folder, "never", budget="small")
+    assert not (folder / "never").exists()

@@ -209,7 +209,8 @@ NB_MODULE(_native, m) {
           "lanes"_a, "segment"_a);
     m.def("histogram", &histogram, "levels"_a, "counts"_a, "row_class"_a, "column_class"_a, "states"_a, "segment"_a);
     const auto products = [&]<typename Level>() {
-        m.def("product", &product<Level>, "x"_a, "levels"_a.noconvert(), "row_scale"_a, "column_scale"_a, "y"_a, "threads"_a);
+        m.def("product", &product<Level>, "x"_a, "levels"_a.noconvert(), "row_scale"_a, "column_scale"_a, "y"_a,
+              "threads"_a);
     };
     products.operator()<std::int8_t>();
     products.operator()<std::int16_t>();

@@ -1,4 +1,4 @@
-// Compiled once per instruction set, with TENPAK_ISA naming the namespace, and with fused multiply-adds where it has them.
+// Compiled once per instruction set, with TENPAK_ISA naming the namespace; multiply-adds are fused where it has them.
 //
 // A panel of levels, some rows by kDepth columns, is expanded to FP32 in a buffer that stays in the cache, and multiplied
 // with one group of inputs after another: kRows rows by kInputs inputs of sums are kept in registers.

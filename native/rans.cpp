@@ -193,7 +193,8 @@ std::vector<std::uint16_t> rans_encode(const Layout& layout, const std::int32_t*
         for (std::size_t i = rows; i-- > 0;)
             for (std::size_t lane = width; lane-- > 0;) {
                 const unsigned q = quantizer[i * lanes + lane];
-                const Table& table = tables.tables[tables.at(std::int64_t{layout.row_class[i]} + layout.column_class[first + lane], q)];
+                const std::int64_t cls = std::int64_t{layout.row_class[i]} + layout.column_class[first + lane];
+                const Table& table = tables.tables[tables.at(cls, q)];
                 const std::int32_t k = state.index(levels[i * columns + first + lane], q);
                 const std::int32_t symbol = k >> table.shift;
                 writer.bits(lane, static_cast<std::uint32_t>(k) & ((1u << table.shift) - 1), table.shift);
@@ -218,7 +219,8 @@ std::vector<std::int64_t> histogram(const Layout& layout, const std::int32_t* le
         for (std::size_t j = 0; j < layout.columns; ++j) {
             const unsigned q = state.quantizer(states[j]);
             const std::int32_t k = state.index(levels[j], q);
-            const auto cls = static_cast<std::size_t>(Tables::clip(std::int64_t{layout.row_class[i]} + layout.column_class[j]));
+            const std::int64_t sum = std::int64_t{layout.row_class[i]} + layout.column_class[j];
+            const auto cls = static_cast<std::size_t>(Tables::clip(sum));
             ++counts[(cls * 2 + q) * sizes + std::min(static_cast<std::size_t>(std::abs(k)), sizes - 1)];
             states[j] = state.next(states[j], k);
         }

@@ -1,7 +1,7 @@
 // Compiled once per instruction set, with TENPAK_ISA naming the namespace.
 //
 // Lanes of a row share the words: each takes, in the order of lanes, none or one for its symbol and then those of an
-// escape and of low bits. So several lanes can be decoded at a time unless one of them has such bits; lanes that do, and
+// escape and of low bits. So many lanes can be decoded at a time unless one of them has such bits; those that do, and
 // the last words of the stream, go through `careful`, which is the rule, spelled out.
 #include "rans_decode.hpp"
 
@@ -63,7 +63,8 @@ class Group {
 
     bool decode(std::size_t first, std::size_t width) {
         for (std::size_t lane = 0; lane < width; ++lane)  // unsigned: sums may be anything and are cut
-            class_[lane] = static_cast<std::uint32_t>(d_.column_class[first + lane]) - static_cast<std::uint32_t>(d_.first);
+            class_[lane] =
+                static_cast<std::uint32_t>(d_.column_class[first + lane]) - static_cast<std::uint32_t>(d_.first);
         return fast(first, width);
     }
 
@@ -113,7 +114,8 @@ bool Group::row(std::size_t i, std::size_t from, std::size_t to, std::int32_t* l
     const auto row_class = static_cast<std::uint32_t>(d_.row_class[i]);
     const std::int32_t last = d_.last - d_.first;
     for (std::size_t lane = from; lane < to; ++lane)
-        table_[lane] = static_cast<std::uint32_t>(std::clamp(static_cast<std::int32_t>(class_[lane] + row_class), 0, last));
+        table_[lane] =
+            static_cast<std::uint32_t>(std::clamp(static_cast<std::int32_t>(class_[lane] + row_class), 0, last));
     const std::uint16_t* at = words_.at;
     for (std::size_t lane = from; lane < to; ++lane) {
         const std::uint32_t x = x_[lane], state = state_[lane], q = state & 1;
@@ -161,7 +163,9 @@ struct Wide {
         return _mm512_min_epi32(_mm512_max_epi32(a, _mm512_setzero_si512()), last);
     }
     template <int bits> static Register left(Register a) { return _mm512_slli_epi32(a, bits); }
-    static Register left(Register a, unsigned bits) { return _mm512_sll_epi32(a, _mm_cvtsi32_si128(static_cast<int>(bits))); }
+    static Register left(Register a, unsigned bits) {
+        return _mm512_sll_epi32(a, _mm_cvtsi32_si128(static_cast<int>(bits)));
+    }
     template <int bits> static Register right(Register a) { return _mm512_srli_epi32(a, bits); }
     template <int bits> static Register signed_right(Register a) { return _mm512_srai_epi32(a, bits); }
     static Register gather(const std::uint32_t* from, Register at) { return _mm512_i32gather_epi32(at, from, 4); }
@@ -201,7 +205,9 @@ struct Wide {
         return _mm256_min_epi32(_mm256_max_epi32(a, _mm256_setzero_si256()), last);
     }
     template <int bits> static Register left(Register a) { return _mm256_slli_epi32(a, bits); }
-    static Register left(Register a, unsigned bits) { return _mm256_sll_epi32(a, _mm_cvtsi32_si128(static_cast<int>(bits))); }
+    static Register left(Register a, unsigned bits) {
+        return _mm256_sll_epi32(a, _mm_cvtsi32_si128(static_cast<int>(bits)));
+    }
     template <int bits> static Register right(Register a) { return _mm256_srli_epi32(a, bits); }
     template <int bits> static Register signed_right(Register a) { return _mm256_srai_epi32(a, bits); }
     static Register gather(const std::uint32_t* from, Register at) {

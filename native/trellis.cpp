@@ -314,10 +314,48 @@ void Viterbi::forward(const Candidates& found, std::size_t start, std::size_t st
 
 #else
 
+// to[i] = from[i ^ change], four at a time in a way that compilers turn into shuffles.
+template <unsigned within>
+void exchange(const float* __restrict from, unsigned count, unsigned change, float* __restrict to) {
+    for (unsigned i = 0; i < count; i += 4) {
+        const float* source = from + (i ^ (change & ~3u));
+        for (unsigned lane = 0; lane < 4; ++lane) to[i + lane] = source[lane ^ within];
+    }
+}
+
 void Viterbi::forward(const Candidates& found, std::size_t start, std::size_t stop) {
+    constexpr void (*exchanges[4])(const float*, unsigned, unsigned, float*) = {exchange<0>, exchange<1>, exchange<2>,
+                                                                                exchange<3>};
+    const unsigned states = machine_.states, half = states / 2;
+    std::vector<float> entered(states), even(half), odd(half);
+    std::vector<std::uint8_t> taken(states);
     for (std::size_t i = start; i < stop; ++i) {
         const float row[4] = {found.cost[0][i], found.cost[1][i], found.cost[2][i], found.cost[3][i]};
-        step(row, decisions_.data() + (i - start) * words_);
+        std::uint16_t* decisions = decisions_.data() + (i - start) * words_;
+        if (states < 16) { step(row, decisions); continue; }
+        for (unsigned s = 0; s < half; ++s) entered[s] = path_[2 * s], entered[half + s] = path_[2 * s + 1];
+        for (unsigned q = 0; q < 2; ++q) {
+            const unsigned stay = q ? machine_.h0 ^ half : 0u, move = stay ^ machine_.h1;  // h0 sets the highest bit
+            exchanges[stay & 3](entered.data() + q * half, half, stay, even.data());
+            exchanges[move & 3](entered.data() + q * half, half, move, odd.data());
+            float* __restrict next = next_.data() + q * half;
+            std::uint8_t* __restrict take = taken.data() + q * half;
+            for (unsigned s = 0; s < half; ++s) {
+                const float a = even[s] + row[2 * q], b = odd[s] + row[2 * q + 1];
+                next[s] = b < a ? b : a;
+                take[s] = b < a;
+            }
+        }
+        for (unsigned w = 0; w < words_; ++w) {
+            unsigned bits[2];
+            for (unsigned h = 0; h < 2; ++h) {  // the product gathers the lowest bits of eight bytes in the highest byte
+                std::uint64_t bytes;
+                __builtin_memcpy(&bytes, taken.data() + 16 * w + 8 * h, sizeof bytes);
+                bits[h] = static_cast<unsigned>((bytes * 0x0102040810204080u) >> 56);
+            }
+            decisions[w] = static_cast<std::uint16_t>(bits[0] | (bits[1] << 8));
+        }
+        path_.swap(next_);
     }
 }
 

@@ -30,7 +30,7 @@ class Job:
 
 def open_job(
     source: str | Path,
-    recipe: str,
+    recipe: str | None,
     overrides: Sequence[str],
     *,
     revision: str | None = None,
@@ -38,10 +38,13 @@ def open_job(
 ) -> Job:
     """Open a model and plan its compression; reads headers only, and weights that are stored twice.
 
+    Where no recipe is given it is ``DEFAULT_RECIPE``.
+
     Raises:
         RecipeError: the recipe or an override cannot be used.
         CheckpointError: the source cannot be read or is not a decoder-only language model.
     """
+    recipe = DEFAULT_RECIPE if recipe is None else recipe
     codec = parse(recipe)
     parsed = [Override(pattern, override) for pattern, override in parse_overrides(overrides)]
     checkpoint = open_checkpoint(source, revision=revision)

@@ -47,7 +47,7 @@ from tenpak.checkpoint.source import Checkpoint, fingerprint, source_sha256, ten
 from tenpak.dial import Dialled, dial, dialled_job, report_of
 from tenpak.encoding import bias_of, corrected_bias, require_finite
 from tenpak.errors import ArtifactError, BudgetError, CalibrationError, CodecError, EvaluationError
-from tenpak.job import DEFAULT_RECIPE, Job, open_job
+from tenpak.job import Job, open_job
 from tenpak.report.card import model_card
 from tenpak.report.report import Report, measured
 from tenpak.task import Progress, Propagation, Task, coverage, encode_all, numbered, prepare
@@ -126,7 +126,7 @@ def compress(
     out = Path(out)
     check_output(out, overwrite=overwrite)
     spent = _budget(recipe, budget, evaluation)
-    job = open_job(source, recipe or DEFAULT_RECIPE, overrides, revision=revision, trust_remote_code=trust_remote_code)
+    job = open_job(source, recipe, overrides, revision=revision, trust_remote_code=trust_remote_code)
     if spent is not None:
         job = dialled_job(job, 1.0, calibrated=calibration != "none")
     if evaluation is not None:

@@ -23,7 +23,7 @@ from tenpak.checkpoint.header import DTYPE_BYTES
 from tenpak.checkpoint.source import tensor_sha256
 from tenpak.dial import dialled_job
 from tenpak.encoding import unit_statistics
-from tenpak.job import DEFAULT_RECIPE, open_job
+from tenpak.job import open_job
 from tenpak.kernels.parallel import worker_count
 
 __all__ = ["Prediction", "predict"]
@@ -77,7 +77,7 @@ def predict(
 
     Only where a checkpoint stores a tied weight twice are the two read, to see whether they differ.
     """
-    job = open_job(source, recipe or DEFAULT_RECIPE, overrides, revision=revision, trust_remote_code=trust_remote_code)
+    job = open_job(source, recipe, overrides, revision=revision, trust_remote_code=trust_remote_code)
     spent = None if budget is None else Budget.parse(budget)
     if spent is not None:
         job = dialled_job(job, 1.0, calibrated=True)

@@ -22,8 +22,9 @@ in video coding (Schwarz et al. 2019).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ from tenpak.kernels.parallel import each, one_thread, ordered_map
 __all__ = ["Prepared", "Trellis"]
 
 _BLOCK = 64  # columns per GEMM
-_TILE = 1 << 18  # weights whose scales are held at a time
+_TILE = 1 << 18
 _WEIGHTS = 1 << 22  # of a product that are FP32 at a time
 _PASSES = 2  # the second one knows the rates that the first one has led to
 # Outputs that hardly matter on the calibration text get no larger steps than this share of the mean curvature.
@@ -48,6 +49,8 @@ _LEAST_CURVATURE = 0.01
 _MOST_LEVEL = 500_000.0
 _MOST_IMPORTANCE = 1e24  # and its inverse: scales of 2^±40, so that FP32 holds the product of two and any step
 _STEP_IN_THE_DARK = 0.25  # of the weight's root mean square, where calibration saw no input of it
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -131,15 +134,26 @@ class Trellis(Codec):
     def _start(self, target: Tensor, importance: Tensor, pivots: Tensor) -> Coded:
         """Steps, and classes as they would be if levels were the weight in steps."""
         row_power, column_power = _power(importance), _power(pivots)
-        coded = Coded(self.step, self.states, row_power, column_power, torch.zeros(target.shape, dtype=torch.int32))
+        coded = Coded(self.step, self.states, row_power, column_power, torch.zeros(1, 1, dtype=torch.int32))
+        column_scale = coded.column_scale
+
+        def largest(rows: slice) -> Tensor:
+            return (target[rows].abs() / column_scale).amax(1)
+
         # An outlier beyond the range of levels widens its row's step.
-        largest = (target.abs() / coded.column_scale).amax(1).double() / coded.row_scale
-        coded.row_power += (4 * torch.log2(largest / _MOST_LEVEL)).ceil().clamp(0, 1000).to(torch.int32)
+        widest = torch.cat(_by_rows(largest, target.shape)).double() / coded.row_scale
+        coded.row_power += (4 * torch.log2(widest / _MOST_LEVEL)).ceil().clamp(0, 1000).to(torch.int32)
         if not representable(coded):
             raise CodecError(
                 "the weight is beyond the range of codec trellis/1", hint="use another codec for this tensor"
             )
-        return fitted(coded, target / coded.row_scale[:, None] / coded.column_scale)
+        row_scale, steps = coded.row_scale, torch.empty_like(target)
+
+        def in_steps(rows: slice) -> None:
+            torch.div(target[rows], row_scale[rows, None], out=steps[rows]).div_(column_scale)
+
+        _by_rows(in_steps, target.shape)
+        return fitted(coded, steps)
 
     def _quantized(self, target: Tensor, earlier: Tensor | None, coded: Coded) -> Tensor:
         """Levels, int32 ``[out, in]``."""
@@ -209,15 +223,23 @@ def _decoded(prepared: Prepared) -> Tensor:
     if not levels.is_cpu:
         return _expanded(prepared, slice(None))
     weight = torch.empty(levels.shape, dtype=torch.float32)
-    height = max(_TILE // levels.shape[1], 1)  # scales stay in the cache
 
-    def fill(first: int) -> None:
-        for start in range(first, min(first + SEGMENT, len(levels)), height):
-            rows = slice(start, min(start + height, first + SEGMENT))
-            torch.mul(prepared.row_scale[rows, None], prepared.column_scale, out=weight[rows]).mul_(levels[rows])
+    def fill(rows: slice) -> None:
+        torch.mul(prepared.row_scale[rows, None], prepared.column_scale, out=weight[rows]).mul_(levels[rows])
 
-    each(fill, range(0, len(levels), SEGMENT))
+    _by_rows(fill, levels.shape)
     return weight
+
+
+def _by_rows(work: Callable[[slice], Result], shape: Sequence[int]) -> list[Result]:
+    """What ``work`` gives for a few rows at a time, so that they stay in the cache where one pass follows another."""
+    height = max(_TILE // shape[1], 1)
+
+    def several(first: int) -> list[Result]:
+        last = min(first + SEGMENT, shape[0])
+        return [work(slice(start, min(start + height, last))) for start in range(first, last, height)]
+
+    return [result for results in each(several, range(0, shape[0], SEGMENT)) for result in results]
 
 
 def _power(importance: Tensor) -> Tensor:

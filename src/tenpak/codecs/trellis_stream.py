@@ -90,22 +90,6 @@ def representable(coded: Coded) -> bool:
     return largest < torch.finfo(torch.float32).max
 
 
-def _quantizers(levels: Tensor, states: int) -> Tensor:
-    """Which quantizer each level is of, int32 ``[out, in]``."""
-    quantizer = torch.zeros_like(levels)
-    if states == 1:
-        return quantizer
-    h0, h1 = core.machine(states)
-    size = levels.abs()
-    for start in range(0, len(levels), SEGMENT):
-        state = torch.zeros(levels.shape[1], dtype=torch.int32)
-        for i in range(start, min(start + SEGMENT, len(levels))):
-            q = state & 1
-            quantizer[i] = q
-            state = (state >> 1) ^ (q * h0) ^ (((size[i] + q) // 2 & 1) * h1)
-    return quantizer
-
-
 # Bytes ---------------------------------------------------------------------------------------------------------------
 
 

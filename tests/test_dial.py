@@ -9,6 +9,7 @@ from families import make_tiny_talker
 from transformers.utils import logging
 
 import tenpak
+import tenpak.pipeline as pipeline
 from tenpak.errors import BudgetError, InfeasibleBudgetError
 from tenpak.report.report import Report
 
@@ -90,6 +91,7 @@ def test_a_budget_out_of_reach_says_what_is_in_reach(folder: Path, budget: str) 
     with pytest.raises(InfeasibleBudgetError, match=r"nearest that can be reached is about [\d,]+ bytes"):
         compressed(folder, "never", budget=budget)
     assert not (folder / "never").exists()
+    assert len(list(folder.glob(".never.work-*"))) == 1  # statistics are kept, whatever budget is tried next
 
 
 def test_budgets_that_make_no_sense_are_refused(folder: Path) -> None:
@@ -100,3 +102,23 @@ def test_budgets_that_make_no_sense_are_refused(folder: Path) -> None:
     with pytest.raises(BudgetError, match="not a budget"):
         compressed(folder, "never", budget="small")
     assert not (folder / "never").exists()
+
+
+def test_a_search_that_was_stopped_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Statistics and finished passes are found again, and the bytes are those of an undisturbed search."""
+    whole = compressed(folder, "whole", budget="6bpw")
+    publish = pipeline._publish
+
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "_publish", stop)
+    with pytest.raises(KeyboardInterrupt):
+        compressed(folder, "stopped", budget="6bpw")
+    monkeypatch.setattr(pipeline, "_publish", publish)
+    again = compressed(folder, "stopped", budget="6bpw")
+    assert again.reused > 0
+    assert again.search == whole.search
+    assert (folder / "stopped" / "model.safetensors").read_bytes() == (
+        folder / "whole" / "model.safetensors"
+    ).read_bytes()

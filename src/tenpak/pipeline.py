@@ -144,7 +144,8 @@ def compress(
     )
     if evaluation is not None:
         _require_other_text(task, evaluation)
-    run = _run(task) if spent is None else {**_run(task), "recipe": str(spent)}
+    # Not which budget: a search for another one goes on from the same statistics and passes.
+    run = _run(task) if spent is None else {**_run(task), "recipe": "by budget"}
     if work is not None and out.resolve() in (Path(work).resolve(), *Path(work).resolve().parents):
         raise ArtifactError(f"the work folder {work} lies in the output", hint="choose another --work")
     with ExitStack() as stack:

@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/measurements.md", "docs/calibration.md")
+PAGES = ("README.md", "docs/measurements.md", "docs/calibration.md", "docs/trellis.md")
 HEADLINE = "tinystories-3.7m, own text"
 _BASE = "gptq, propagation original (the default)"
 _SLOT = re.compile(r"(<!-- table: ([a-z]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
@@ -131,6 +131,7 @@ def large() -> str:
     reading = f"{calibrated['windows']} × {calibrated['window']} tokens"
     rows = {f"`tenpak {name}`": found for name, found in result["commands"].items()}
     rows[f"`tenpak compress --recipe {calibrated['recipe']}`, {reading}"] = calibrated["compress"]
+    rows[f"`tenpak calibrate`, {calibrated['calibrate']['tokens']:,} tokens"] = calibrated["calibrate"]
     return table(
         ("command", "peak resident memory, MB", "wall time, s"),
         ((name, f"{r['peak_resident_bytes'] / 1e6:,.0f}", f"{r['wall_seconds']:,.1f}") for name, r in rows.items()),
@@ -180,10 +181,106 @@ def peers() -> str:
     )
 
 
+def budgets() -> str:
+    """The flagship codec at ratios."""
+    head = ("model, text", "`--target`", "bytes", "bits per weight", "× vs FP32", "perplexity", "KL", "s")
+    return table(
+        head,
+        (
+            (
+                case,
+                name,
+                f"{r['bytes']:,}",
+                f"{r['bpw']:.2f}",
+                f"{r['ratio_fp32']:.2f}",
+                f"{r['ppl_increase']:+.2%} ± {r['ppl_increase_se']:.2%}",
+                f"{r['kl']:.5f} ± {r['kl_se']:.5f}",
+                f"{r['seconds']:.0f}",
+            )
+            for case, found in load("budgets")["models"].items()
+            for name, r in found.items()
+        ),
+    )
+
+
+def rivals() -> str:
+    """The flagship codec at the bytes of GPTQ."""
+
+    def rows() -> Iterator[tuple[str, ...]]:
+        for case, found in load("rivals")["models"].items():
+            for rival, r in found.items():
+                ours = r["trellis"]["kl"]
+                yield (
+                    case,
+                    f"`{rival}`",
+                    f"{r['propagation']['bytes']:,}",
+                    f"{r['trellis']['bytes']:,}",
+                    f"{ours:.5f} ± {r['trellis']['kl_se']:.5f}",
+                    *(
+                        f"{r[way]['kl']:.5f}: {ours / r[way]['kl']:.2f} of it"
+                        for way in ("propagation", "no propagation")
+                    ),
+                )
+
+    head = ("model, text", "rival", "its bytes", "bytes", "KL", "rival's KL", "rival's KL without propagation")
+    return table(head, rows())
+
+
+def ten() -> str:
+    """Ten times smaller, in a line for each model."""
+    rows = (
+        (
+            case,
+            name,
+            f"{r['ratio_fp32']:.2f}",
+            f"{r['bpw']:.2f}",
+            f"{r['ppl_increase']:+.2%} ± {r['ppl_increase_se']:.2%}",
+            f"{r['kl']:.5f} ± {r['kl_se']:.5f}",
+        )
+        for case, found in load("budgets")["models"].items()
+        for name, r in found.items()
+        if name in ("10x", "12x")
+    )
+    return table(("model, text", "`--target`", "× vs FP32", "bits per weight", "perplexity", "KL"), rows)
+
+
+def gaussian() -> str:
+    """Independent normal weights."""
+    rows = load("trellis")["gaussian"]["bits"].values()
+    return table(
+        ("bits per weight", "above the bound", "bytes over the levels' conditional entropy"),
+        (
+            (f"{r['bits_per_weight']:.3f}", f"{r['above_bound']:.3f}", f"{r['over_conditional_entropy']:+.2%}")
+            for r in rows
+        ),
+    )
+
+
+def pace() -> str:
+    """Encoding and decoding of the flagship codec."""
+    r = load("trellis")["speed"]
+    rows = [
+        (f"encode, feedback included, {r['threads']} threads", f"{r['encode_weights_per_second'] / 1e6:.1f}"),
+        ("decode at load, one thread", f"{r['decode_weights_per_second_and_core'] / 1e6:.0f}"),
+    ]
+    return table((f"{r['shape'][0]} × {r['shape'][1]}, {r['bits_per_weight']:.2f} bits", "M weights/s"), rows)
+
+
 def machine() -> str:
     """Where and when."""
     lines = []
-    for name in ("quality", "speed", "large", "footprint", "feedback", "ablation", "peers"):
+    for name in (
+        "quality",
+        "speed",
+        "large",
+        "footprint",
+        "feedback",
+        "ablation",
+        "peers",
+        "trellis",
+        "budgets",
+        "rivals",
+    ):
         env = load(name)["environment"]
         versions = ", ".join(f"{package} {number}" for package, number in env["versions"].items())
         lines.append(f"- {name}: {env['cpu']}, {env['cores']} cores, {versions}; commit `{env['commit'][:12]}`")
@@ -207,6 +304,11 @@ def load(name: str) -> dict[str, Any]:
 
 
 TABLES = {
+    "budgets": budgets,
+    "rivals": rivals,
+    "ten": ten,
+    "gaussian": gaussian,
+    "pace": pace,
     "ablation": ablation,
     "feedback": feedback,
     "headline": headline,

@@ -1,6 +1,6 @@
 """`make bench`: run the benchmarks (all, or those named) and write ``benchmarks/results/<name>.json``.
 
-    python benchmarks/run.py [speed] [footprint] [large] [quality] [feedback] [ablation]
+    python benchmarks/run.py [speed] [footprint] [large] [quality] [feedback] [ablation] [trellis] [budgets] [rivals]
     python benchmarks/run.py peers              by name only: installs another library, takes half an hour
 
 Then ``python benchmarks/render.py`` renders the tables that README and docs show.
@@ -11,12 +11,14 @@ from __future__ import annotations
 import sys
 
 import ablation
+import budgets
 import feedback
 import footprint
 import large
 import peers
 import quality
 import speed
+import trellis
 from environment import write
 
 BENCHMARKS = {
@@ -26,6 +28,9 @@ BENCHMARKS = {
     "quality": quality.run,
     "feedback": feedback.run,
     "ablation": ablation.run,
+    "trellis": trellis.run,
+    "budgets": budgets.run,
+    "rivals": budgets.run_rivals,
 }
 BY_NAME_ONLY = {"peers": peers.run}
 

@@ -1,4 +1,4 @@
-"""`make demo`: compress the bundled model, reload the files in fresh processes, measure them, let both tell a story.
+"""`make demo`: make the bundled model ten times smaller, reload and measure it in fresh processes, let it tell a story.
 
 Every step is a command that you could type yourself; it is printed before it runs.
 """
@@ -18,7 +18,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "tinystories-3.7m"
 ARTIFACT = ROOT / "demo-artifact"
-RECIPE = "int4:g32"
+TARGET = "10x"
 PROMPT = "Once upon a time there was a little"
 
 console = Console(highlight=False)
@@ -36,7 +36,7 @@ def tenpak(*arguments: str | Path) -> dict:
 
 
 def main() -> None:
-    report = tenpak("compress", MODEL, "-o", ARTIFACT, "--recipe", RECIPE, "--evaluation", "none", "--overwrite")
+    report = tenpak("compress", MODEL, "-o", ARTIFACT, "--target", TARGET, "--evaluation", "none", "--overwrite")
     tenpak("verify", ARTIFACT)
     quality = tenpak("evaluate", ARTIFACT, "--against", MODEL, "--memory")
     sampling = ("--prompt", PROMPT, "--tokens", "90", "--temperature", "0.7", "--seed", "11")

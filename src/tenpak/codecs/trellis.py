@@ -191,16 +191,12 @@ class Trellis(Codec):
         return Prepared(*(part.to(stream.device) for part in parts))
 
     def matmul(self, x: Tensor, prepared: Any) -> Tensor:
-        """``x @ W.T`` for ``x`` of shape ``[..., in]``, in the dtype of ``x``."""
+        """``x @ W.T`` for ``x`` of shape ``[..., in]``, in the dtype of ``x``; on a CPU computed in FP32 from levels."""
         levels, scales = prepared.levels, (prepared.row_scale, prepared.column_scale)
-        if (
-            x.dtype == torch.float32
-            and x.is_cpu
-            and levels.is_cpu
-            and not (x.requires_grad and torch.is_grad_enabled())
-        ):
-            flat = x.detach().reshape(-1, x.shape[-1]).contiguous()
-            return core.product(flat, levels, *scales).view(*x.shape[:-1], len(levels))
+        single = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        if single and x.is_cpu and levels.is_cpu and not (x.requires_grad and torch.is_grad_enabled()):
+            flat = x.detach().float().reshape(-1, x.shape[-1]).contiguous()
+            return core.product(flat, levels, *scales).view(*x.shape[:-1], len(levels)).to(x.dtype)
         height = max(_WEIGHTS // levels.shape[1], 1)
         parts = [slice(start, start + height) for start in range(0, len(levels), height)]
         return torch.cat([torch.nn.functional.linear(x, _expanded(prepared, part).to(x.dtype)) for part in parts], -1)

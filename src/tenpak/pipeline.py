@@ -144,8 +144,7 @@ def compress(
     )
     if evaluation is not None:
         _require_other_text(task, evaluation)
-    # Not which budget: a search for another one goes on from the same statistics and passes.
-    run = _run(task) if spent is None else {**_run(task), "recipe": "by budget"}
+    run = _run(task, by_budget=spent is not None)
     if work is not None and out.resolve() in (Path(work).resolve(), *Path(work).resolve().parents):
         raise ArtifactError(f"the work folder {work} lies in the output", hint="choose another --work")
     with ExitStack() as stack:
@@ -212,12 +211,15 @@ def _measured_pass(folder: Path, evaluation: str | Path | None, spent: Budget, t
     return float(_evaluate(folder, task, evaluation)["kl" if spent.kind == "kl" else "ppl_increase"])
 
 
-def _run(task: Task) -> dict[str, Any]:
-    """What the bytes of the artifact depend on: a run of anything else cannot go on with its work."""
+def _run(task: Task, *, by_budget: bool) -> dict[str, Any]:
+    """What the bytes of the artifact depend on: a run of anything else cannot go on with its work.
+
+    Not which budget: a search for another one goes on from the same statistics and passes.
+    """
     job = task.job
     return {
         "source": fingerprint(job.checkpoint),
-        "recipe": job.recipe,
+        "recipe": "by budget" if by_budget else job.recipe,
         "overrides": list(job.overrides),
         "calibration": task.to_json(),
         "tokens": None if task.reading is None else tensor_sha256(task.reading.tokens),

@@ -191,7 +191,7 @@ class Trellis(Codec):
         return Prepared(*(part.to(stream.device) for part in parts))
 
     def matmul(self, x: Tensor, prepared: Any) -> Tensor:
-        """``x @ W.T`` for ``x`` of shape ``[..., in]``, in the dtype of ``x``; on a CPU computed in FP32 from levels."""
+        """``x @ W.T`` for ``x`` of shape ``[..., in]``, in the dtype of ``x``; on a CPU in FP32, from levels."""
         levels, scales = prepared.levels, (prepared.row_scale, prepared.column_scale)
         single = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         if single and x.is_cpu and levels.is_cpu and not (x.requires_grad and torch.is_grad_enabled()):

@@ -98,12 +98,19 @@ def quality_table(rows: dict[str, Any]) -> str:
                 _recipe(r),
                 f"{r['bpw']:.2f}",
                 f"{r['ratio_fp32']:.2f}",
-                f"{r['ppl_increase']:+.2%} ± {r['ppl_increase_se']:.2%}",
-                f"{r['kl']:.5f} ± {r['kl_se']:.5f}",
+                *loss(r),
                 f"{r['top1']:.1%}",
             )
             for preset, r in body
         ),
+    )
+
+
+def loss(row: dict[str, Any]) -> tuple[str, str]:
+    """Increase of perplexity and KL of an evaluation, with their standard errors."""
+    return (
+        f"{row['ppl_increase']:+.2%} ± {row['ppl_increase_se']:.2%}",
+        f"{row['kl']:.5f} ± {row['kl_se']:.5f}",
     )
 
 
@@ -193,8 +200,7 @@ def budgets() -> str:
                 f"{r['bytes']:,}",
                 f"{r['bpw']:.2f}",
                 f"{r['ratio_fp32']:.2f}",
-                f"{r['ppl_increase']:+.2%} ± {r['ppl_increase_se']:.2%}",
-                f"{r['kl']:.5f} ± {r['kl_se']:.5f}",
+                *loss(r),
                 f"{r['seconds']:.0f}",
             )
             for case, found in load("budgets")["models"].items()
@@ -234,8 +240,7 @@ def ten() -> str:
             name,
             f"{r['ratio_fp32']:.2f}",
             f"{r['bpw']:.2f}",
-            f"{r['ppl_increase']:+.2%} ± {r['ppl_increase_se']:.2%}",
-            f"{r['kl']:.5f} ± {r['kl_se']:.5f}",
+            *loss(r),
         )
         for case, found in load("budgets")["models"].items()
         for name, r in found.items()

@@ -94,6 +94,11 @@ def test_a_budget_out_of_reach_says_what_is_in_reach(folder: Path, budget: str) 
     assert len(list(folder.glob(".never.work-*"))) == 1  # statistics are kept, whatever budget is tried next
 
 
+def test_a_budget_needs_something_to_turn(folder: Path) -> None:
+    with pytest.raises(InfeasibleBudgetError, match="every tensor a codec of its own"):
+        compressed(folder, "never", budget="5bpw", overrides=["*=int4:g32"])
+
+
 def test_budgets_that_make_no_sense_are_refused(folder: Path) -> None:
     with pytest.raises(BudgetError, match="excludes a recipe"):
         compressed(folder, "never", budget="10x", recipe="int4")

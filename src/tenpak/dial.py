@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tenpak.allocation.budget import Budget, Trial, search
-from tenpak.artifact.schema import CODES_SUFFIX
+from tenpak.allocation.plan import PlanEntry, stored_rows
 from tenpak.artifact.writer import predicted_bytes
 from tenpak.checkpoint.header import DTYPE_BYTES
 from tenpak.codecs.trellis import Trellis
@@ -57,7 +57,7 @@ class Dialled:
 
 @dataclass(frozen=True)
 class Found:
-    """The answer: the task at its step, the trials that led to it, and what they tried."""
+    """The answer: the task at its step, and the trials that led to it."""
 
     task: Task
     trials: tuple[Trial, ...]
@@ -119,19 +119,12 @@ def dial(found: Dialled, stack: ExitStack) -> tuple[Found, Work]:
 
 def written_bytes(task: Task, work: Work, max_shard_bytes: int) -> int:
     """Size of the weight files that a finished pass will be written to."""
-    rows: list[tuple[str, str, tuple[int, ...], int]] = []
-    for number, entry in enumerate(task.job.plan.entries):
-        weight = entry.weight
-        if weight.tied_to is not None:
-            continue
-        unit = work.get(number, weight.name) if entry.codec is not None else None
-        if unit is None:
-            size = weight.numel * DTYPE_BYTES[weight.dtype]
-            rows.append((weight.name, weight.dtype, weight.shape, size))
-        else:
-            size = sum(payload.bits for payload in unit.payloads) // 8
-            rows.append((weight.name + CODES_SUFFIX, "U8", (size,), size))
-    return predicted_bytes(rows, max_shard_bytes)
+
+    def bits(number: int, entry: PlanEntry) -> int | None:
+        unit = work.get(number, entry.weight.name)
+        return None if unit is None else sum(payload.bits for payload in unit.payloads)
+
+    return predicted_bytes(stored_rows(task.job.plan, bits), max_shard_bytes)
 
 
 def _at(task: Task, step: float) -> Task:
@@ -150,6 +143,11 @@ def _first_step(found: Dialled, limit: int) -> float:
         InfeasibleBudgetError: the limit is below what the dense tensors and headers take, or beyond the finest step.
     """
     items = _turned(found.task)
+    if not items:
+        raise InfeasibleBudgetError(
+            f"{found.budget} cannot be met: --set gives every tensor a codec of its own",
+            hint="leave some tensors to the budget, or give no budget",
+        )
     coded = sum(item.entry.weight.numel for item in items)
     sample = _sampled(items)
     scale = coded / sum(item.entry.weight.numel for item in sample)
@@ -198,7 +196,7 @@ def _infeasible(found: Dialled, reached: float) -> InfeasibleBudgetError:
 def _sampled(items: Sequence[Numbered]) -> list[Numbered]:
     """Every n-th tensor, so that they are not too many weights; of small models all."""
     total = sum(item.entry.weight.numel for item in items)
-    return list(items[:: max(math.ceil(total / _SAMPLE), 1)]) or list(items)
+    return list(items[:: max(math.ceil(total / _SAMPLE), 1)])
 
 
 def report_of(found: Found, budget: Budget) -> dict[str, Any]:

@@ -13,8 +13,7 @@ import psutil
 import torch
 
 from tenpak.allocation.budget import Budget
-from tenpak.allocation.plan import PlanEntry
-from tenpak.artifact.schema import CODES_SUFFIX
+from tenpak.allocation.plan import PlanEntry, stored_rows
 from tenpak.artifact.sizes import Sizes
 from tenpak.artifact.writer import MAX_SHARD_BYTES, predicted_bytes
 from tenpak.calibrating import DEFAULT_TOKENS
@@ -82,17 +81,8 @@ def predict(
     if spent is not None:
         job = dialled_job(job, 1.0, calibrated=True)
     entries = [e for e in job.plan.entries if e.weight.tied_to is None]
-    rows, exact = [], True
-    for entry in entries:
-        weight = entry.weight
-        size = weight.numel * DTYPE_BYTES[weight.dtype]
-        if entry.codec is None:
-            rows.append((weight.name, weight.dtype, weight.shape, size))
-            continue
-        bits = entry.codec.estimate_bits(weight.matrix_shape)
-        exact = exact and bits is not None
-        stored = size if bits is None else weight.matrices * bits // 8
-        rows.append((weight.name + CODES_SUFFIX, "U8", (stored,), stored))
+    known = [e.codec.estimate_bits(e.weight.matrix_shape) for e in entries if e.codec is not None]
+    rows = stored_rows(job.plan, _payload_bits)
     total = predicted_bytes(rows, max_shard_bytes)
     if spent is not None and spent.is_size:
         total = spent.bytes(job.plan.parameters)
@@ -100,7 +90,7 @@ def predict(
     payload = max((row[3] for row in rows), default=0)
     return Prediction(
         bytes=total,
-        exact=exact,
+        exact=None not in known,
         parameters=job.plan.parameters,
         checkpoint_bytes=job.checkpoint.bytes,
         # Per worker the tensor itself, its payload as fields and as one blob, and the encoder's tiles.
@@ -111,6 +101,12 @@ def predict(
         seconds=_trial(entries, total),
         dense={e.weight.name: e.reason for e in entries if e.codec is None},
     )
+
+
+def _payload_bits(number: int, entry: PlanEntry) -> int | None:
+    """Of all matrices of a tensor; None where only coding can tell."""
+    bits = None if entry.codec is None else entry.codec.estimate_bits(entry.weight.matrix_shape)
+    return None if bits is None else entry.weight.matrices * bits
 
 
 def _hidden_size(config: Any) -> int:

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from tenpak.artifact.schema import CODES_SUFFIX
+from tenpak.checkpoint.header import DTYPE_BYTES
 from tenpak.checkpoint.structure import Weight
 from tenpak.codecs.base import Codec
 from tenpak.codecs.uniform import Uniform
 from tenpak.errors import RecipeError
 
-__all__ = ["EMBEDDING_CODEC", "Override", "Plan", "PlanEntry", "is_parameter", "make_plan"]
+__all__ = ["EMBEDDING_CODEC", "Override", "Plan", "PlanEntry", "is_parameter", "make_plan", "stored_rows"]
 
 EMBEDDING_CODEC = Uniform(bits=8, group=None, symmetric=True)
 
@@ -49,6 +51,29 @@ class Plan:
     def parameters(self) -> int:
         """Elements of the model's parameters, tied ones once; buffers and unused tensors do not count."""
         return sum(e.weight.numel for e in self.entries if is_parameter(e.weight))
+
+
+def stored_rows(
+    plan: Plan, bits: Callable[[int, PlanEntry], int | None]
+) -> list[tuple[str, str, tuple[int, ...], int]]:
+    """Name, dtype, shape and bytes of every tensor that an artifact stores, as ``writer.predicted_bytes`` takes them.
+
+    Args:
+        plan: all tensors; tied ones are not stored.
+        bits: payload bits of an entry, by its place in the plan; None where they are not known: those of the source.
+    """
+    rows: list[tuple[str, str, tuple[int, ...], int]] = []
+    for number, entry in enumerate(plan.entries):
+        weight, size = entry.weight, entry.weight.numel * DTYPE_BYTES[entry.weight.dtype]
+        if weight.tied_to is not None:
+            continue
+        if entry.codec is None:
+            rows.append((weight.name, weight.dtype, weight.shape, size))
+            continue
+        found = bits(number, entry)
+        stored = size if found is None else found // 8
+        rows.append((weight.name + CODES_SUFFIX, "U8", (stored,), stored))
+    return rows
 
 
 def make_plan(weights: Sequence[Weight], codec: Codec | None, overrides: Sequence[Override] = ()) -> Plan:

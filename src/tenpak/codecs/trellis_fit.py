@@ -21,11 +21,16 @@ _TILE = 1 << 16  # values whose squares are held at a time
 
 
 @cache
+def _shifts() -> Tensor:
+    """How many low bits of k are coded uniformly, by class."""
+    return ((torch.arange(CLASSES) - UNIT) // 4 - 4).clamp(0)
+
+
+@cache
 def _densities() -> tuple[Tensor, Tensor, Tensor]:
     """Normal densities of all classes at a table's levels, their mixtures' wide part, and k → symbol by class."""
     symbol = torch.arange(_REACH + 1, dtype=torch.float64)
-    cls = torch.arange(CLASSES)
-    shift = ((cls - UNIT) // 4 - 4).clamp(0)
+    cls, shift = torch.arange(CLASSES), _shifts()
     plain = torch.stack([2 * symbol, 2 * symbol - (symbol > 0).double()])
     levels = torch.where(shift[:, None, None] > 0, 2.0 ** (shift[:, None, None] + 1) * symbol, plain)
     energy = levels.square() / 2 / 2.0 ** ((cls - UNIT)[:, None, None] / 2)
@@ -41,7 +46,7 @@ def lengths(shape: tuple[int, int, int, int]) -> Tensor:
     narrow, wide, symbol = _densities()
     cell = torch.full((1, 2, _REACH + 1), 64.0, dtype=torch.float64)
     cell[0, 0, 0], cell[0, 1, 0], cell[0, 1, 1] = shape[:3]
-    shift = ((torch.arange(CLASSES) - UNIT) // 4 - 4).clamp(0)
+    shift = _shifts()
     cell = torch.where(shift[:, None, None] > 0, 64.0, cell)
     weight = cell * ((256 - shape[3]) * narrow + shape[3] * wide)
     share = weight / (2 * weight.sum(2, keepdim=True) - weight[..., :1])

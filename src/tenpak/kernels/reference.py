@@ -5,6 +5,7 @@ docs/format.md states the rules; names are those of ``kernels.core``, which docu
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -208,8 +209,15 @@ class _State:
             self.state = (self.state >> 1) ^ (self.h0 if self.state & 1 else 0) ^ (self.h1 if k & 1 else 0)
 
 
-def _groups(rows: int, columns: int, lanes: int) -> list[tuple[int, int]]:
-    return [(first, min(first + lanes, columns)) for first in range(0, columns, lanes)]
+def _walk(rows: int, columns: int, lanes: int, states: int, segment: int) -> Iterator[tuple[int, int, int, _State]]:
+    """Row, column, lane and its machine of every level, in the order of decoding."""
+    for first in range(0, columns, lanes):
+        machines = [_State(states) for _ in range(min(lanes, columns - first))]
+        for i in range(rows):
+            for lane, machine in enumerate(machines):
+                if i % segment == 0:
+                    machine.state = 0
+                yield i, first + lane, lane, machine
 
 
 def _class_of(row: int, column: int) -> int:
@@ -224,16 +232,11 @@ def rans_encode(
     rows, columns = levels.shape
     values = levels.tolist()
     steps: list[tuple[int, int, int, int]] = []  # lane, start, frequency, precision, in the order of decoding
-    for first, last in _groups(rows, columns, lanes):
-        machines = [_State(states) for _ in range(first, last)]
-        for i in range(rows):
-            for lane, machine in enumerate(machines):
-                if i % segment == 0:
-                    machine.state = 0
-                k = machine.index(values[i][first + lane])
-                cls = _class_of(int(row_class[i]), int(column_class[first + lane]))
-                steps += _symbol(lane, k, cls, frequencies(cls, machine.quantizer, shape))
-                machine.move(k)
+    for i, column, lane, machine in _walk(rows, columns, lanes, states, segment):
+        k = machine.index(values[i][column])
+        cls = _class_of(int(row_class[i]), int(column_class[column]))
+        steps += _symbol(lane, k, cls, frequencies(cls, machine.quantizer, shape))
+        machine.move(k)
     words: list[int] = []
     x = [_LOWER] * lanes
     for lane, start, frequency, precision in reversed(steps):
@@ -316,16 +319,11 @@ def rans_decode(
     rows, columns = levels.shape
     try:
         reader = _Reader(words.tolist(), lanes)
-        for first, last in _groups(rows, columns, lanes):
-            machines = [_State(states) for _ in range(first, last)]
-            for i in range(rows):
-                for lane, machine in enumerate(machines):
-                    if i % segment == 0:
-                        machine.state = 0
-                    cls = _class_of(int(row_class[i]), int(column_class[first + lane]))
-                    k = _read(reader, lane, cls, frequencies(cls, machine.quantizer, shape))
-                    levels[i, first + lane] = machine.level(k)
-                    machine.move(k)
+        for i, column, lane, machine in _walk(rows, columns, lanes, states, segment):
+            cls = _class_of(int(row_class[i]), int(column_class[column]))
+            k = _read(reader, lane, cls, frequencies(cls, machine.quantizer, shape))
+            levels[i, column] = machine.level(k)
+            machine.move(k)
     except _Broken:
         return False
     return reader.at == len(reader.words) and all(x == _LOWER for x in reader.x)

@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 import tenpak
 import tenpak.pipeline as pipeline
-from tenpak.errors import BudgetError, InfeasibleBudgetError
+from tenpak.errors import BudgetError, CalibrationError, InfeasibleBudgetError
 from tenpak.report.report import Report
 
 logging.disable_progress_bar()
@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compressed(folder: Path, name: str, **options: object) -> Report:
-    options = {"calibration": folder / "calibration.txt", **options}
+    options = {"calibration": folder / "calibration.txt", "tuning": 0, **options}
     return tenpak.compress(folder / "model", folder / name, **options)
 
 
@@ -112,18 +112,65 @@ def test_budgets_that_make_no_sense_are_refused(folder: Path) -> None:
 def test_a_search_that_was_stopped_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Statistics and finished passes are found again, and the bytes are those of an undisturbed search."""
     whole = compressed(folder, "whole", budget="6bpw")
-    publish = pipeline._publish
+    publish = pipeline.publish
 
     def stop(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "_publish", stop)
+    monkeypatch.setattr(pipeline, "publish", stop)
     with pytest.raises(KeyboardInterrupt):
         compressed(folder, "stopped", budget="6bpw")
-    monkeypatch.setattr(pipeline, "_publish", publish)
+    monkeypatch.setattr(pipeline, "publish", publish)
     again = compressed(folder, "stopped", budget="6bpw")
     assert again.reused > 0
     assert again.search == whole.search
     assert (folder / "stopped" / "model.safetensors").read_bytes() == (
         folder / "whole" / "model.safetensors"
     ).read_bytes()
+
+
+def test_what_is_tuned_meets_its_budget_and_is_nearer(folder: Path) -> None:
+    tuned = compressed(folder, "tuned", budget="4bpw", evaluation=folder / "evaluation.txt", tuning=80)
+    limit = 4 * tuned.parameters // 8
+    assert limit * 0.995 <= weight_bytes(folder / "tuned") <= limit
+    assert tuned.calibration is not None
+    about = tuned.calibration["tuning"]
+    assert about["kept"]
+    assert about["kl"][1] < about["kl"][0]
+    by_hand = {"recipe": tuned.recipe, "overrides": [f"*={tuned.recipe}"]}
+    plain = compressed(folder, "plain", **by_hand, evaluation=folder / "evaluation.txt")
+    assert plain.quality is not None
+    assert tuned.quality is not None
+    assert tuned.quality["kl"] < plain.quality["kl"]
+    # The recipe and the steps that were recorded give the same bytes.
+    compressed(folder, "again", **by_hand, tuning=80, overwrite=True)
+    assert (folder / "again" / "model.safetensors").read_bytes() == (
+        folder / "tuned" / "model.safetensors"
+    ).read_bytes()
+    assert not list(folder.glob(".*.work-*tuned*"))
+
+
+def test_tuning_is_the_default_of_a_budget_only(folder: Path) -> None:
+    report = compressed(folder, "default", budget="4bpw", tuning=None)
+    assert report.calibration is not None
+    assert report.calibration["tuning"]["steps"] == 240
+    report = compressed(folder, "default", recipe="gptq-int4:g32", tuning=None, overwrite=True)
+    assert report.calibration is not None
+    assert "tuning" not in report.calibration
+
+
+def test_tuning_needs_a_text(folder: Path) -> None:
+    with pytest.raises(CalibrationError, match="needs a text"):
+        compressed(folder, "never", budget="5bpw", calibration="none", tuning=10)
+    (folder / "short.txt").write_text("a moon")
+    with pytest.raises(CalibrationError, match="too short to tune on"):
+        compressed(folder, "never", budget="5bpw", calibration=folder / "short.txt", tuning=10)
+    assert not (folder / "never").exists()
+
+
+def test_without_memory_for_two_models_nothing_is_tuned(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "memory", lambda *_: 10**18)
+    with pytest.warns(UserWarning, match="not tuned"):
+        report = compressed(folder, "untuned", budget="5bpw", tuning=None)
+    assert report.calibration is not None
+    assert "tuning" not in report.calibration

@@ -17,6 +17,7 @@ from tenpak.calibration.collect import batched
 from tenpak.calibration.skeleton import Skeleton
 from tenpak.codecs.base import Statistics
 from tenpak.codecs.rounding.correction import corrected
+from tenpak.encoding import stored_reader
 from tenpak.errors import SingularHessianError
 from tenpak.job import open_job
 from tenpak.report.report import Report
@@ -85,9 +86,8 @@ def test_weights_that_add_to_the_blocks_output_are_found(family: str, added: set
     items = numbered(job)
     tokens = torch.randint(3, 90, (64,), generator=torch.Generator().manual_seed(0))
     with Work(tmp_path / "work", {}) as work, Activations() as states:
-        walk = Walk(original, compressed, tokens, 32, work)
-        named = {item.entry.weight.name: item for item in items}
-        models = _Models(walk, named, batched(tokens, 32), {}, states)
+        walk = Walk(original, compressed, tokens, 32, work, stored_reader(job.checkpoint, job.plan.entries, work))
+        models = _Models(walk, batched(tokens, 32), states)
         models.start()
         inside = [item for item in items if compressed.place(item.entry.weight.parameter) == 0]
         with original.holding(original.parameters_of(0)):

@@ -28,7 +28,16 @@ from tenpak.errors import CalibrationError
 from tenpak.evaluation.evaluate import load_original, load_tokenizer
 from tenpak.job import Job, open_job
 
-__all__ = ["DEFAULT_TEXT", "DEFAULT_TOKENS", "Reading", "calibrate", "collect_into", "read_text", "warn_if_short"]
+__all__ = [
+    "DEFAULT_TEXT",
+    "DEFAULT_TOKENS",
+    "Reading",
+    "calibrate",
+    "collect_into",
+    "first_tokens",
+    "read_text",
+    "warn_if_short",
+]
 
 DEFAULT_TEXT = Path("texts") / "calibration.txt"
 DEFAULT_TOKENS = 131_072
@@ -95,7 +104,7 @@ def read_text(
         return Text(f"sampled from the model, seed {_SAMPLED_SEED}", content)
 
     chosen = choose_text(text, folder / DEFAULT_TEXT, sample)
-    ids = _first_tokens(tokenizer, chosen.content, tokens, job.config.get_text_config().vocab_size)
+    ids = first_tokens(tokenizer, chosen.content, tokens, job.config.get_text_config().vocab_size)
     length = context_length(job.config) if window is None else window
     if length < 1:
         raise CalibrationError(f"a window of {length} tokens is not possible", hint="give at least 1")
@@ -206,8 +215,18 @@ def collect_into(
     return StatisticsFolder(folder)
 
 
-def _first_tokens(tokenizer: Any, content: str, count: int, vocab_size: int) -> Tensor:
-    """The first tokens of a text, of which no more is tokenized than needed: that may take longer than reading them."""
+def first_tokens(tokenizer: Any, content: str, count: int, vocab_size: int) -> Tensor:
+    """The first tokens of a text, of which no more is tokenized than needed: that may take longer than reading them.
+
+    Args:
+        tokenizer: of the model.
+        content: the text.
+        count: at most so many.
+        vocab_size: of the model.
+
+    Raises:
+        CalibrationError: the tokenizer does not fit the model.
+    """
     length = _CHARACTERS * count
     while length < len(content):
         cut = max(content.rfind("\n", 0, length), content.rfind(" ", 0, length))

@@ -40,6 +40,7 @@ from tenpak.options import (
     Target,
     Text,
     Tokens,
+    Tune,
     Window,
     WorkFolder,
 )
@@ -72,6 +73,7 @@ def compress(
     window: Window = None,
     statistics: StatisticsOf = None,
     propagation: Propagation = "original",
+    tune: Tune = None,
     work: WorkFolder = None,
     evaluation: Evaluation = None,
     seed: Annotated[int, typer.Option(help="for codecs that draw random numbers")] = 0,
@@ -95,6 +97,7 @@ def compress(
         "overrides": tuple(overrides or ()),
         "calibration_tokens": calibration_tokens,
         "propagation": propagation,
+        "tuning": tune,
         "revision": revision,
         "trust_remote_code": trust_remote_code,
     }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tenpak.allocation.plan import PlanEntry
-from tenpak.checkpoint.source import Checkpoint, tensor_sha256
+from tenpak.checkpoint.source import TORCH_DTYPES, Checkpoint, tensor_sha256
 from tenpak.checkpoint.structure import Weight
 from tenpak.codecs.base import Codec, Payload, Statistics
 from tenpak.codecs.rounding.correction import corrected
@@ -26,9 +26,11 @@ __all__ = [
     "bias_of",
     "corrected_bias",
     "decode_tensor",
+    "dense_tensor",
     "encode_entries",
     "encode_unit",
     "require_finite",
+    "stored_reader",
     "unit_statistics",
 ]
 
@@ -136,6 +138,43 @@ def decode_tensor(codec: Codec, weight: Weight, payloads: Sequence[Payload]) -> 
     if weight.transposed:
         matrices = [matrix.T for matrix in matrices]
     return torch.stack(matrices).reshape(weight.shape)
+
+
+def dense_tensor(entry: PlanEntry, tensor: Tensor) -> Tensor:
+    """A dense tensor in the dtype in which it is stored."""
+    return tensor if entry.narrowed is None else tensor.to(TORCH_DTYPES[entry.narrowed])
+
+
+def stored_reader(checkpoint: Checkpoint, entries: Sequence[PlanEntry], work: Work) -> Callable[[Weight], Tensor]:
+    """What gives a tensor of the checkpoint as an artifact will hold it; encoded ones as far as they are finished.
+
+    Args:
+        checkpoint: the source.
+        entries: of the whole plan.
+        work: finished tensors.
+    """
+    numbers = {entry.weight.name: number for number, entry in enumerate(entries)}
+    layers = {bias_of(entry.weight): entry for entry in entries if entry.codec is not None}
+
+    def unit(entry: PlanEntry | None) -> Unit | None:
+        return None if entry is None else work.get(numbers[entry.weight.name], entry.weight.name)
+
+    def read(weight: Weight) -> Tensor:
+        entry = entries[numbers[weight.name]]
+        if entry.codec is not None:
+            found = unit(entry)
+            if found is None:
+                return checkpoint.read(weight.name)
+            return decode_tensor(entry.codec, weight, found.payloads)
+        tuned = work.tuned
+        if tuned is not None and weight.name in tuned.dense:
+            return tuned.dense[weight.name]
+        found, value = unit(layers.get(weight.name)), checkpoint.read(weight.name)
+        if found is not None and found.bias is not None:
+            value = corrected_bias(value, found.bias)
+        return dense_tensor(entry, value)
+
+    return read
 
 
 def require_finite(name: str, tensor: Tensor) -> None:

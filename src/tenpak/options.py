@@ -9,8 +9,8 @@ import typer
 
 __all__ = [
     "Artifact", "Bpw", "Device", "Dtype", "Evaluation", "Json", "MaxBytes", "MaxKl", "MaxPpl", "Model", "Out",
-    "Overrides", "Propagation", "Recipe", "Remote", "Revision", "StatisticsOf", "Target", "Text", "Tokens", "Window",
-    "WorkFolder",
+    "Overrides", "Propagation", "Recipe", "Remote", "Revision", "StatisticsOf", "Target", "Text", "Tokens", "Tune",
+    "Window", "WorkFolder",
 ]  # fmt: skip
 
 
@@ -55,6 +55,10 @@ StatisticsOf = Annotated[Path | None, typer.Option(help="folder that `tenpak cal
 Propagation = Annotated[
     Literal["original", "own", "none"],
     typer.Option(metavar="HOW", help="correct later blocks towards the original, own outputs, or none"),
+]
+Tune = Annotated[
+    int | None,
+    typer.Option(metavar="STEPS", min=0, help="distil scales and norms; default 240 with a budget, 0 with a recipe"),
 ]
 WorkFolder = Annotated[Path | None, typer.Option(help="folder for finished tensors; default: beside -o")]
 Evaluation = Annotated[str | None, typer.Option(help="text to measure on: file, folder, dataset id, or none")]

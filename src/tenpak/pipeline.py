@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import glob
 import json
-import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -20,43 +20,29 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
+from psutil import virtual_memory
 
 from tenpak.allocation.budget import Budget
-from tenpak.allocation.plan import is_parameter
 from tenpak.artifact.leftovers import remove_unused
-from tenpak.artifact.schema import (
-    FORMAT_VERSION,
-    MANIFEST_NAME,
-    Manifest,
-    Source,
-    dump_manifest,
-    load_manifest,
-)
 from tenpak.artifact.writer import (
-    CARD_NAME,
     MAX_SHARD_BYTES,
-    REPORT_NAME,
     ArtifactWriter,
     check_output,
-    replace_file,
 )
 from tenpak.calibrating import DEFAULT_TOKENS
 from tenpak.calibration.choice import Text
-from tenpak.checkpoint.source import Checkpoint, fingerprint, source_sha256, tensor_sha256
-from tenpak.dial import Dialled, dial, dialled_job, report_of
-from tenpak.encoding import bias_of, corrected_bias, require_finite
+from tenpak.checkpoint.source import fingerprint, tensor_sha256
+from tenpak.dial import Search, dial, dialled_job, report_of
 from tenpak.errors import ArtifactError, BudgetError, CalibrationError, CodecError, EvaluationError
 from tenpak.job import Job, open_job
-from tenpak.report.card import model_card
+from tenpak.publishing import licence_of, publish, record, versions
+from tenpak.recovery import DEFAULT_STEPS, memory
 from tenpak.report.report import Report, measured
-from tenpak.task import Progress, Propagation, Task, coverage, encode_all, numbered, prepare
+from tenpak.task import Progress, Propagation, Task, encode_all, prepare
+from tenpak.tuning.distil import split_windows
 from tenpak.work import Work, default_work
 
 __all__ = ["Progress", "compress"]
-
-# Files of a model folder that an artifact keeps as they are: tokenizer, chat template, generation config, licence.
-_KEPT_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 
 
 def compress(
@@ -71,6 +57,7 @@ def compress(
     calibration_window: int | None = None,
     statistics: str | Path | None = None,
     propagation: Propagation = "original",
+    tuning: int | None = None,
     work: str | Path | None = None,
     evaluation: str | Path | None = None,
     seed: int = 0,
@@ -101,6 +88,9 @@ def compress(
         propagation: what a block's rounding knows of the compression of those before it: ``"original"`` corrects its
             target towards the original model's outputs, ``"own"`` only looks at the inputs that it will get,
             ``"none"`` uses the statistics of the original model.
+        tuning: at most so many steps of distillation from the original, on the calibration text, of what stays
+            continuous (scales of the flagship codec, norms, biases), see ``recovery``; by default 240 with a budget
+            where memory suffices for it, and none with a recipe.
         work: folder for finished tensors, from which a run that was stopped goes on; beside ``out`` by default, and
             removed when the artifact is complete.
         evaluation: text (file, folder or dataset id) to measure on; None leaves the artifact unmeasured.
@@ -144,24 +134,33 @@ def compress(
     )
     if evaluation is not None:
         _require_other_text(task, evaluation)
+    steps = _steps(task, tuning, by_budget=spent is not None)
     run = _run(task, by_budget=spent is not None)
-    if work is not None and out.resolve() in (Path(work).resolve(), *Path(work).resolve().parents):
-        raise ArtifactError(f"the work folder {work} lies in the output", hint="choose another --work")
     with ExitStack() as stack:
-        root = stack.enter_context(Work(Path(work) if work is not None else default_work(out, run), run))
+        root = stack.enter_context(Work(_work_folder(work, out, run), run))
         stack.enter_context(_kept(root))
-        measure = partial(_measured_pass, root.folder / "passes" / "artifact", evaluation)
-        task, units, search = _encoded(task, root, spent, measure, max_shard_bytes, progress, stack)
-        _publish(task, units, ArtifactWriter(out, overwrite=overwrite, max_shard_bytes=max_shard_bytes))
+        measure = partial(_measured_pass, root.folder / "passes" / "artifact", evaluation, spent)
+        found = Search(task, root, measure, steps, max_shard_bytes, progress)
+        task, units, search = _encoded(found, spent, stack)
+        publish(task, units, ArtifactWriter(out, overwrite=overwrite, max_shard_bytes=max_shard_bytes))
         root.remove()
     remove_unused(out.parent, f".{glob.escape(out.name)}.work-*")  # of runs that were to make another artifact here
     report = measured(out, job.checkpoint.bytes, seconds=time.perf_counter() - started, reused=len(units.reused))
     report = report.with_search(search)
-    licence = _licence(job.checkpoint)
-    _record(out, report, licence)  # measuring may fail or be interrupted
+    licence = licence_of(job.checkpoint)
+    record(out, report, licence)  # measuring may fail or be interrupted
     if evaluation is None:
         return report
-    return _record(out, report.with_quality(_evaluate(out, task, evaluation)), licence)
+    return record(out, report.with_quality(_evaluate(out, task, evaluation)), licence)
+
+
+def _work_folder(work: str | Path | None, out: Path, run: dict[str, Any]) -> Path:
+    """Where finished tensors go."""
+    if work is None:
+        return default_work(out, run)
+    if out.resolve() in (Path(work).resolve(), *Path(work).resolve().parents):
+        raise ArtifactError(f"the work folder {work} lies in the output", hint="choose another --work")
+    return Path(work)
 
 
 def _budget(recipe: str | None, budget: str | None, evaluation: str | Path | None) -> Budget | None:
@@ -179,35 +178,46 @@ def _budget(recipe: str | None, budget: str | None, evaluation: str | Path | Non
     return spent
 
 
-def _encoded(
-    task: Task,
-    root: Work,
-    spent: Budget | None,
-    measure: Callable[[Budget, Task, Work], float],
-    max_shard_bytes: int,
-    progress: Progress | None,
-    stack: ExitStack,
-) -> tuple[Task, Work, dict[str, Any] | None]:
-    """The task with all tensors encoded, the folder where they are, and the search that a budget took."""
-    if spent is None:
-        encode_all(task, root, progress)
-        return task, root, None
-    found, units = dial(Dialled(task, spent, root, partial(measure, spent), max_shard_bytes, progress), stack)
-    return found.task, units, report_of(found, spent)
+def _encoded(search: Search, spent: Budget | None, stack: ExitStack) -> tuple[Task, Work, dict[str, Any] | None]:
+    """The task with all tensors encoded and tuned, the folder where they are, and the search that a budget took."""
+    if spent is not None:
+        found, units = dial(search, spent, stack)
+        return found.task, units, report_of(found, spent)
+    encode_all(search.task, search.root, search.progress)
+    return search.task, search.tuned(search.task, search.root, "recipe", stack), None
 
 
-def _publish(task: Task, units: Work, output: ArtifactWriter) -> None:
-    """Write the artifact of finished work."""
+def _steps(task: Task, tuning: int | None, *, by_budget: bool) -> int:
+    """How many steps to tune: by default some with a budget, if there is a text and memory for two models.
+
+    Raises:
+        CalibrationError: tuning was asked for, and there is no text to tune on.
+    """
+    if tuning is not None:
+        if tuning > 0 and task.reading is None:
+            raise CalibrationError(
+                "tuning needs a text to learn from, and there is none", hint="give --calibration TEXT, or --tune 0"
+            )
+        return max(tuning, 0)
+    if not by_budget or task.reading is None or not len(split_windows(task.reading.tokens, task.reading.window)[0]):
+        return 0
     job = task.job
-    with output as writer:
-        manifest = _manifest(task, _store(writer, job, units), coverage(job, units))
-        writer.publish(manifest, _config(job), copied=_kept_files(job.checkpoint))
+    needed, free = memory(job.plan.parameters, job.config.get_text_config().vocab_size), virtual_memory().available
+    if needed > free:
+        warnings.warn(
+            f"not tuned: that takes both models in memory, about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are "
+            f"free; --tune {DEFAULT_STEPS} does it nevertheless",
+            stacklevel=3,
+        )
+        return 0
+    return DEFAULT_STEPS
 
 
-def _measured_pass(folder: Path, evaluation: str | Path | None, spent: Budget, task: Task, units: Work) -> float:
+def _measured_pass(folder: Path, evaluation: str | Path | None, spent: Budget | None, task: Task, units: Work) -> float:
     """The loss of a pass: written, and measured from its files in a fresh process."""
     assert evaluation is not None  # the budget was checked
-    _publish(task, units, ArtifactWriter(folder, overwrite=True))
+    assert spent is not None  # nothing is measured without one
+    publish(task, units, ArtifactWriter(folder, overwrite=True))
     return float(_evaluate(folder, task, evaluation)["kl" if spent.kind == "kl" else "ppl_increase"])
 
 
@@ -225,7 +235,7 @@ def _run(task: Task, *, by_budget: bool) -> dict[str, Any]:
         "tokens": None if task.reading is None else tensor_sha256(task.reading.tokens),
         "statistics": None if task.statistics is None else asdict(task.statistics.origin),
         "seed": task.seed,
-        "versions": {"tenpak": version("tenpak"), **_versions()},
+        "versions": {"tenpak": version("tenpak"), **versions()},
     }
 
 
@@ -238,106 +248,6 @@ def _kept(work: Work) -> Iterator[None]:
         if work.empty or isinstance(error, CodecError):
             work.remove()
         raise
-
-
-def _store(writer: ArtifactWriter, job: Job, work: Work) -> dict[str, str]:
-    """Store every tensor of the plan; returns the hashes of the source's tensors."""
-    hashes: dict[str, str] = {}
-    layers = {bias_of(item.entry.weight): item for item in numbered(job)}
-    for number, entry in enumerate(job.plan.entries):
-        weight = entry.weight
-        if entry.codec is not None and weight.tied_to is None:
-            unit = work.get(number, weight.name)
-            if unit is None:
-                raise ArtifactError(
-                    f"the finished tensor {weight.name!r} is gone from {work.folder}", hint="run the command again"
-                )
-            hashes[weight.name] = unit.source_sha256
-            writer.add_weight(
-                weight.name, unit.payloads, shape=weight.shape, dtype=weight.dtype, transposed=weight.transposed
-            )
-            continue
-        tensor = job.checkpoint.read(weight.name)
-        hashes[weight.name] = tensor_sha256(tensor)
-        if weight.tied_to is None:
-            if is_parameter(weight):  # masks and unused tensors may hold what they like
-                require_finite(weight.name, tensor)
-            layer = layers.get(weight.name)
-            unit = None if layer is None else work.get(layer.number, layer.entry.weight.name)
-            if unit is None or unit.bias is None:
-                writer.add_dense(weight.name, tensor, entry.reason)
-            else:
-                reason = f"{entry.reason}, with the mean error of its layer's weight taken up"
-                writer.add_dense(weight.name, corrected_bias(tensor, unit.bias), reason)
-    return hashes
-
-
-def _manifest(task: Task, hashes: Mapping[str, str], experts: Mapping[str, list[int]]) -> Manifest:
-    job = task.job
-    calibration = task.to_json()
-    if calibration is not None and experts:
-        calibration["experts"] = dict(experts)
-    return Manifest(
-        format_version=FORMAT_VERSION,
-        tenpak_version=version("tenpak"),
-        versions=_versions(),
-        source=Source(
-            name=job.checkpoint.name,
-            sha256=source_sha256(job.checkpoint, hashes),
-            bytes=job.checkpoint.bytes,
-            parameters=job.plan.parameters,
-        ),
-        recipe=job.recipe,
-        overrides=job.overrides,
-        seed=task.seed,
-        calibration=calibration,
-        weights={},
-        dense={},
-        tied={e.weight.name: e.weight.tied_to for e in job.plan.entries if e.weight.tied_to is not None},
-        files={},
-    )
-
-
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("torch", "transformers", "numpy", "safetensors")}
-
-
-def _config(job: Job) -> dict[str, Any]:
-    """``config.json`` of the source; states the dtype, which transformers would otherwise guess from the weights."""
-    config = dict(job.checkpoint.config)
-    if config.get("dtype") is None and config.get("torch_dtype") is None:
-        sizes: dict[str, int] = {}
-        for info in job.checkpoint.tensors.values():
-            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
-        names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-        config["dtype"] = names.get(max(sizes, key=lambda dtype: sizes[dtype]), "float32")
-    return config
-
-
-def _kept_files(checkpoint: Checkpoint) -> list[Path]:
-    replaced = {"config.json", MANIFEST_NAME, REPORT_NAME, CARD_NAME}
-    return sorted(
-        path
-        for path in checkpoint.folder.iterdir()
-        if path.is_file()
-        and (path.suffix in _KEPT_SUFFIXES or path.name.startswith("LICENSE"))
-        and path.name not in replaced
-        and not path.name.endswith(".index.json")
-    )
-
-
-def _licence(checkpoint: Checkpoint) -> str | None:
-    """The ``license:`` line of the source's model card, if there is one."""
-    card = checkpoint.folder / CARD_NAME
-    lines = card.read_text(encoding="utf-8", errors="replace").splitlines() if card.is_file() else []
-    if lines[:1] != ["---"]:
-        return None
-    for line in lines[1:]:
-        if line == "---":
-            break
-        if line.startswith("license:"):
-            return line.removeprefix("license:").strip()
-    return None
 
 
 def _require_other_text(task: Task, evaluation: str | Path) -> None:
@@ -375,24 +285,3 @@ def _evaluate(out: Path, task: Task, text: str | Path) -> dict[str, Any]:
         )
     result: dict[str, Any] = json.loads(done.stdout)
     return result
-
-
-def _record(out: Path, report: Report, licence: str | None) -> Report:
-    """Write the report, the card and, where measured, the quality in the manifest; each file atomically."""
-    manifest = load_manifest(out / MANIFEST_NAME)
-    if report.quality is not None:
-        # Speeds differ from run to run; the manifest of the same inputs must not.
-        quality = {key: value for key, value in report.quality.items() if not key.startswith("tokens_per_second")}
-        manifest = manifest.model_copy(update={"quality": quality})
-        replace_file(out / MANIFEST_NAME, dump_manifest(manifest))
-    environment = {
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "system": platform.system(),
-        "threads": torch.get_num_threads(),
-        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-    text = json.dumps({**report.to_json(), "environment": environment, "versions": manifest.versions}, indent=2)
-    replace_file(out / REPORT_NAME, (text + "\n").encode())
-    replace_file(out / CARD_NAME, model_card(report, manifest, licence).encode())
-    return report

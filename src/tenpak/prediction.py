@@ -24,6 +24,7 @@ from tenpak.dial import dialled_job
 from tenpak.encoding import unit_statistics
 from tenpak.job import open_job
 from tenpak.kernels.parallel import worker_count
+from tenpak.recovery import DEFAULT_STEPS, memory
 
 __all__ = ["Prediction", "predict"]
 
@@ -68,6 +69,7 @@ def predict(
     overrides: Sequence[str] = (),
     calibration_tokens: int = DEFAULT_TOKENS,
     propagation: str = "original",
+    tuning: int | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -86,6 +88,8 @@ def predict(
     total = predicted_bytes(rows, max_shard_bytes)
     if spent is not None and spent.is_size:
         total = spent.bytes(job.plan.parameters)
+    steps = tuning if tuning is not None else DEFAULT_STEPS * (spent is not None)
+    vocabulary = int(job.config.get_text_config().vocab_size)
     largest = max((e.weight.numel * DTYPE_BYTES[e.weight.dtype] for e in entries), default=0)
     payload = max((row[3] for row in rows), default=0)
     return Prediction(
@@ -93,10 +97,15 @@ def predict(
         exact=None not in known,
         parameters=job.plan.parameters,
         checkpoint_bytes=job.checkpoint.bytes,
-        # Per worker the tensor itself, its payload as fields and as one blob, and the encoder's tiles.
+        # Per worker the tensor itself, its payload as fields and as one blob, and the encoder's tiles; or two models.
         memory=psutil.Process().memory_info().rss
-        + worker_count() * (largest + 2 * payload + (32 << 20))
-        + _calibration_memory(entries, calibration_tokens, _hidden_size(job.config), both=propagation == "original"),
+        + max(
+            worker_count() * (largest + 2 * payload + (32 << 20))
+            + _calibration_memory(
+                entries, calibration_tokens, _hidden_size(job.config), both=propagation == "original"
+            ),
+            memory(job.plan.parameters, vocabulary) if steps else 0,
+        ),
         disk=2 * total + min(total, max_shard_bytes) + (1 << 20),  # finished tensors, the spool, a shard
         seconds=_trial(entries, total),
         dense={e.weight.name: e.reason for e in entries if e.codec is None},

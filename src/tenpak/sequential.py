@@ -27,13 +27,13 @@ from tenpak.calibration.activations import SPILL_BYTES, Activations
 from tenpak.calibration.collect import batched, observable, require_finite
 from tenpak.calibration.experts import experts, rows_before
 from tenpak.calibration.observe import Observer, Product
-from tenpak.calibration.skeleton import OUTSIDE, Skeleton
+from tenpak.calibration.skeleton import OUTSIDE, Reader, Skeleton
 from tenpak.calibration.sums import BatchSums, Key, Sums
 from tenpak.checkpoint.structure import Weight
 from tenpak.codecs.base import Statistics
-from tenpak.encoding import Lookup, Numbered, bias_of, corrected_bias, decode_tensor, encode_unit
+from tenpak.encoding import Lookup, Numbered, encode_unit
 from tenpak.kernels.parallel import ordered_map
-from tenpak.work import Unit, Work
+from tenpak.work import Work
 
 __all__ = ["Walk", "encode_blocks"]
 
@@ -48,6 +48,7 @@ class Walk:
         tokens: int64 ``[tokens]``, read in disjoint windows.
         window: tokens per window.
         work: finished tensors.
+        read: gives a tensor as it will be stored, as far as it is finished.
         curvature: statistics of the original model for codecs that weigh rows by output curvature.
         done: called after each tensor.
         spill_bytes: hidden states beyond this go to disk.
@@ -59,6 +60,7 @@ class Walk:
     tokens: Tensor
     window: int
     work: Work
+    read: Reader
     curvature: Lookup | None = None
     done: Callable[[Weight], None] | None = None
     spill_bytes: int = SPILL_BYTES
@@ -86,9 +88,7 @@ def encode_blocks(walk: Walk, entries: Sequence[Numbered]) -> None:
         if block != OUTSIDE and any(not walk.work.has(item.number, item.entry.weight.name) for item in items)
     ]
     with Activations(walk.spill_bytes, walk.folder) as states:
-        named = {item.entry.weight.name: item for item in entries}
-        biased = {bias_of(item.entry.weight): item for item in entries}
-        models = _Models(walk, named, batches, biased, states)
+        models = _Models(walk, batches, states)
         if unfinished:
             models.start()
         for block in range(len(walk.compressed.blocks)):
@@ -106,15 +106,13 @@ class _Models:
     """The two models between blocks."""
 
     walk: Walk
-    items: dict[str, Numbered]
     batches: list[Tensor]
-    biased: dict[str, Numbered]  # bias → the weight whose error it takes up
     states: Activations  # original at (2k, batch), compressed at (2k + 1, batch), inputs of steps at (-1 - step, batch)
 
     def start(self) -> None:
         """Load what is in no block, and go to boundary 0."""
         for offset, model in self._pair():
-            model.load(model.parameters_outside, self._read if offset else None)
+            model.load(model.parameters_outside, self.walk.read if offset else None)
             self._advance(model, OUTSIDE, offset)
             model.forget_embedding(self.batches[0])
 
@@ -127,7 +125,7 @@ class _Models:
             steps = self._steps(block, items)
             if original is not None:
                 self._pass_original(block, steps if len(finished) < len(items) else [])
-        with compressed.holding(parameters):
+        with compressed.holding(parameters, self._read_dense):
             for number, step in enumerate(steps):
                 if any(item.number not in finished for item in step.items):
                     sums = self._observe(block, number, step) if step.needs_statistics else Sums()
@@ -138,7 +136,7 @@ class _Models:
                 for item in step.items:
                     self.tell(item.entry.weight)
                 biases = [f"{path.removesuffix('weight')}bias" for path in step.parameters]
-                compressed.load([*step.parameters, *(p for p in biases if p in parameters)], self._read)
+                compressed.load([*step.parameters, *(p for p in biases if p in parameters)], self.walk.read)
                 for index in range(len(self.batches)):
                     self.states.discard((-1 - number, index))
             if not last:
@@ -153,20 +151,9 @@ class _Models:
         pair = [(0, self.walk.original), (1, self.walk.compressed)]
         return [(offset, model) for offset, model in pair if model is not None]
 
-    def _read(self, weight: Weight) -> Tensor:
-        """What a tensor of the checkpoint has become, as far as it is encoded."""
-        if weight.name in self.biased:
-            unit = self._unit(self.biased[weight.name])
-            value = self.walk.compressed.checkpoint.read(weight.name)
-            return value if unit is None or unit.bias is None else corrected_bias(value, unit.bias)
-        item = self.items.get(weight.name)
-        unit = self._unit(item) if item is not None else None
-        if item is None or unit is None or item.entry.codec is None:
-            return self.walk.compressed.checkpoint.read(weight.name)
-        return decode_tensor(item.entry.codec, weight, unit.payloads)
-
-    def _unit(self, item: Numbered) -> Unit | None:
-        return self.walk.work.get(item.number, item.entry.weight.name)
+    def _read_dense(self, weight: Weight) -> Tensor:
+        """What is to be encoded comes in its turn."""
+        return self.walk.read(weight) if weight.kind == "dense" else self.walk.compressed.checkpoint.read(weight.name)
 
     def _steps(self, block: int, items: list[Numbered]) -> list[_Step]:
         """The block's tensors in the order in which their inputs are needed."""

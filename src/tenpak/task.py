@@ -18,7 +18,7 @@ from tenpak.calibration.skeleton import OUTSIDE, Skeleton
 from tenpak.calibration.statistics import StatisticsFolder
 from tenpak.checkpoint.source import source_sha256
 from tenpak.checkpoint.structure import Weight
-from tenpak.encoding import Lookup, Numbered, encode_entries
+from tenpak.encoding import Lookup, Numbered, encode_entries, stored_reader
 from tenpak.errors import CalibrationError
 from tenpak.job import Job
 from tenpak.sequential import Walk, encode_blocks
@@ -160,6 +160,7 @@ def encode_all(task: Task, work: Work, progress: Progress | None = None, *, stat
             task.reading.tokens,
             task.reading.window,
             work,
+            stored_reader(task.job.checkpoint, task.job.plan.entries, work),
             weighed,
             done,
             folder=work.folder,

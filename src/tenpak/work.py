@@ -9,6 +9,7 @@ made.
 
     run.json
     units/00012.safetensors          by the tensor's place in the plan
+    tuned.safetensors                dense tensors that tuning has changed; all units are there when it is
     statistics/                      of the original model, where a recipe needs them
     passes/<name>/                   the work of each pass of a search, where a run makes several
 """
@@ -37,9 +38,10 @@ from tenpak.checkpoint.source import TORCH_DTYPES, dtype_name, tensor_sha256
 from tenpak.codecs.base import Payload
 from tenpak.errors import ArtifactError
 
-__all__ = ["Unit", "Work", "default_work", "run_key"]
+__all__ = ["Tuned", "Unit", "Work", "default_work", "run_key"]
 
 RUN_NAME = "run.json"
+_TUNED_NAME = "tuned.safetensors"
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,19 @@ class Unit:
     source_sha256: str
     counts: tuple[int, ...] = ()
     bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning has made of a run.
+
+    Attributes:
+        dense: tensors that stay dense and were changed, as they are stored.
+        about: how it went, JSON.
+    """
+
+    dense: Mapping[str, Tensor]
+    about: Mapping[str, Any]
 
 
 def run_key(run: Mapping[str, Any]) -> str:
@@ -85,6 +100,7 @@ class Work:
         self.run = json.loads(json.dumps(run, default=str))
         self.reused: list[str] = []
         self._lock = contextlib.ExitStack()
+        self._tuned: Tuned | None = None
 
     def __enter__(self) -> Self:
         """Open the folder.
@@ -125,6 +141,7 @@ class Work:
         for path in self.folder.glob("run.*"):
             if path.name in (RUN_NAME, "run.partial"):
                 path.unlink(missing_ok=True)
+        (self.folder / _TUNED_NAME).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.folder.rmdir()
 
@@ -192,10 +209,40 @@ class Work:
         }
         if unit.bias is not None:
             tensors["bias"] = unit.bias.contiguous()
-        path = self._path(number)
+        self._save(self._path(number), tensors, {"unit": json.dumps(about)})
+
+    def put_tuned(self, tuned: Tuned) -> None:
+        """Say that the units are tuned, and keep the dense tensors that go with them.
+
+        Raises:
+            ArtifactError: the disk is full or the folder cannot be written.
+        """
+        hashes = {name: tensor_sha256(tensor) for name, tensor in tuned.dense.items()}
+        tensors = {name: tensor.detach().contiguous().clone() for name, tensor in tuned.dense.items()}
+        about = json.dumps({"about": dict(tuned.about), "sha256": hashes})
+        self._save(self.folder / _TUNED_NAME, tensors, {"tuned": about})
+        self._tuned = None
+
+    @property
+    def tuned(self) -> Tuned | None:
+        """What tuning has made of this run; None where it has not been tuned, or what is there is damaged."""
+        path = self.folder / _TUNED_NAME
+        if self._tuned is None and path.is_file():
+            try:
+                with safe_open(path, framework="pt") as file:
+                    content = json.loads(file.metadata()["tuned"])
+                    dense = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+                if content["sha256"] == {name: tensor_sha256(tensor) for name, tensor in dense.items()}:
+                    self._tuned = Tuned(dense, content["about"])
+            except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+                return None
+        return self._tuned
+
+    def _save(self, path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
+        """Write a file under another name and rename it."""
         temporary = path.with_suffix(f".partial-{os.getpid()}")
         try:
-            save_file(tensors, temporary, metadata={"unit": json.dumps(about)})
+            save_file(dict(tensors), temporary, metadata=dict(about))
             temporary.replace(path)
         except (OSError, SafetensorError) as error:
             with contextlib.suppress(OSError):

@@ -36,6 +36,8 @@ def decode(codec: dict[str, Any], stream: bytes, rows: int, columns: int) -> np.
     file = io.BytesIO(stream)
     lanes, vectors, *shape = take(file, 6)
     check(1 <= lanes <= 32 and vectors in (4, 6), "lanes or vectors")
+    places = take(file, 1)[0] if vectors == 6 else 0
+    check(places <= 16, "places")
     means, classes = zip(*(struct.unpack("<hB", take(file, 3)) for _ in range(vectors)), strict=True)
     width = 32 * max(1, -(-STRIPE // rows) // 32)
     counts = [varint(file) for _ in range(1 + -(-columns // width))]
@@ -52,7 +54,7 @@ def decode(codec: dict[str, Any], stream: bytes, rows: int, columns: int) -> np.
         for i, words in enumerate(stripes)
     ]
     v = np.hstack(parts)
-    rho, gamma = scale(codec["step"], a, b), scale(1.0, c, d)
+    rho, gamma = scale(codec["step"], a, b / 2**places), scale(1.0, c, d / 2**places)
     largest = float(rho.max()) * float(gamma.max()) * max(int(abs(v).max()), 2**20)
     check(min(rho.min(), gamma.min()) > 0 and largest < np.finfo(np.float32).max, "scales")
     return v.astype(np.float32) * np.outer(rho, gamma)
@@ -61,7 +63,7 @@ def decode(codec: dict[str, Any], stream: bytes, rows: int, columns: int) -> np.
 def scale(base: float, power: np.ndarray, fine: np.ndarray) -> np.ndarray:
     """The scales of rows or columns, FP32."""
     with np.errstate(over="ignore"):
-        return (np.ldexp(base * QUARTERS[power % 4], power // 4) * (1 + fine / 128)).astype(np.float32)
+        return (np.ldexp(base * QUARTERS[power % 4], power // 4) * (1 + fine)).astype(np.float32)
 
 
 def take(file: io.BytesIO, count: int) -> bytes:

@@ -351,7 +351,7 @@ def test_scales_are_exact(deltas: bool) -> None:
     sent.levels[1:] = 0
     sent.row_class, sent.column_class = vector(0, 20, 9), vector(-5, 9, 7)
     if deltas:
-        sent.row_delta, sent.column_delta = vector(-127, 300, 9), vector(-127, 300, 7)
+        sent.row_delta, sent.column_delta, sent.places = vector(-127, 300, 9), vector(-127, 300, 7), 8
     got = read(write(sent), (9, 7), 0.3, 4)
     assert got.levels.tolist() == sent.levels.tolist()
     for name in ("row_power", "column_power", "row_class", "column_class", "row_delta", "column_delta"):
@@ -362,7 +362,7 @@ def test_scales_are_exact(deltas: bool) -> None:
     ):
         fine = delta.tolist() if deltas else [0] * len(power)
         expected = [
-            math.ldexp(base * 2 ** (p % 4 / 4), p // 4) * (1 + d / 128)
+            math.ldexp(base * 2 ** (p % 4 / 4), p // 4) * (1 + d / 256)
             for p, d in zip(power.tolist(), fine, strict=True)
         ]
         assert scale.tolist() == np.array(expected, np.float32).tolist()

@@ -269,3 +269,35 @@ def test_statistics_are_accepted(case: Case) -> None:
     assert same_bytes(payload, case.codec.encode(weight, statistics))
     # Rows and inputs that do not matter may lose everything where the error is set in units of the loss.
     assert relative_rms(weight, case.codec.decode(payload)) <= max(1.0 if case.absolute else 2 * case.rms, 1e-9)
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_what_is_tunable_is_what_is_stored(case: Case) -> None:
+    """Products, look-ups and gradients are those of the weight, and the payload holds what the parameters say."""
+    payload = case.encode(normal(24, 33))
+    tunable = case.codec.tunable(payload)
+    if tunable is None:
+        pytest.skip("nothing of it is continuous")
+    decoded = case.codec.decode(payload)
+    torch.testing.assert_close(tunable.matrix(), decoded, rtol=1e-6, atol=1e-9)
+    assert same_bytes(tunable.payload(), payload)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in tunable.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(tunable.rounded(parameter + 0.05 * noise))
+    changed = tunable.payload()
+    stored = case.codec.decode(changed)
+    assert relative_rms(stored, decoded) > 0.01
+    torch.testing.assert_close(tunable.matrix(), stored, rtol=1e-6, atol=1e-9)
+    x = torch.randn(2, 5, 33, generator=generator)
+    torch.testing.assert_close(tunable.matmul(x), x @ stored.T, rtol=1e-5, atol=1e-6)
+    indices = torch.tensor([[3, 3], [0, 23]])
+    torch.testing.assert_close(tunable.rows(indices), stored[indices], rtol=1e-6, atol=1e-9)
+    again = case.codec.tunable(changed)
+    assert again is not None
+    assert same_bytes(again.payload(), changed)
+    # Gradients of the products that are made without the weight are those of the weight's.
+    wanted = torch.autograd.grad((x @ tunable.matrix().T).square().sum(), list(tunable.parameters()))
+    found = torch.autograd.grad(tunable.matmul(x).square().sum(), list(tunable.parameters()))
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)

@@ -3,6 +3,8 @@
 A bare recipe covers the matrices of the blocks, experts included. Embeddings and the head take ``int8:row`` unless they
 are set. ``--set PATTERN=RECIPE`` decides for the tensors that the pattern matches; the last match wins. A pattern is
 compared with the tensor's name, with the name without ``.weight``, and with every dotted tail of both.
+
+Vectors (norms, biases) stay dense, in their own dtype; with the flagship codec those in FP32 are stored in BF16.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from tenpak.artifact.schema import CODES_SUFFIX
 from tenpak.checkpoint.header import DTYPE_BYTES
 from tenpak.checkpoint.structure import Weight
 from tenpak.codecs.base import Codec
+from tenpak.codecs.trellis import Trellis
 from tenpak.codecs.uniform import Uniform
 from tenpak.errors import RecipeError
 
@@ -34,11 +37,17 @@ class Override:
 
 @dataclass(frozen=True)
 class PlanEntry:
-    """One tensor: its codec, or None and the reason."""
+    """One tensor: its codec, or None and the reason; a dense tensor may be stored in a narrower dtype than its own."""
 
     weight: Weight
     codec: Codec | None
     reason: str = ""
+    narrowed: str | None = None
+
+    @property
+    def dtype(self) -> str:
+        """Safetensors name of the dtype in which a dense tensor is stored."""
+        return self.narrowed or self.weight.dtype
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,7 @@ def stored_rows(
         if weight.tied_to is not None:
             continue
         if entry.codec is None:
-            rows.append((weight.name, weight.dtype, weight.shape, size))
+            rows.append((weight.name, entry.dtype, weight.shape, weight.numel * DTYPE_BYTES[entry.dtype]))
             continue
         found = bits(number, entry)
         stored = size if found is None else found // 8
@@ -91,7 +100,7 @@ def make_plan(weights: Sequence[Weight], codec: Codec | None, overrides: Sequenc
 
 def _entry(weight: Weight, codec: Codec | None, overrides: Sequence[Override]) -> PlanEntry:
     if weight.kind == "dense":
-        return PlanEntry(weight, None, weight.reason)
+        return PlanEntry(weight, None, weight.reason, _narrowed(weight, codec))
     for override in reversed(overrides):
         if _matches(override.pattern, weight.name):
             reason = "" if override.codec else f"set dense by {override.pattern!r}"
@@ -101,6 +110,12 @@ def _entry(weight: Weight, codec: Codec | None, overrides: Sequence[Override]) -
     if weight.kind in ("embedding", "head"):
         return PlanEntry(weight, EMBEDDING_CODEC)
     return PlanEntry(weight, codec)
+
+
+def _narrowed(weight: Weight, codec: Codec | None) -> str | None:
+    """Vectors in FP32 are a per cent and more of a small model; where a codec counts every bit, they take 16 each."""
+    vector = len(weight.shape) == 1 and weight.dtype == "F32" and is_parameter(weight) and not weight.restructured
+    return "BF16" if vector and isinstance(codec, Trellis) else None
 
 
 def _require_whole_stacks(entries: Sequence[PlanEntry]) -> None:

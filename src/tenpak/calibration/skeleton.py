@@ -133,6 +133,11 @@ class Skeleton:
         return made
 
     @property
+    def parameters(self) -> list[str]:
+        """Paths of everything that tensors of the checkpoint fill."""
+        return list(self._sources)
+
+    @property
     def parameters_outside(self) -> list[str]:
         """Paths of what is in no block, the head's own weight left out."""
         return [name for name in self._sources if self.place(name) == OUTSIDE and name != self.head]
@@ -184,6 +189,11 @@ class Skeleton:
             yield
         finally:
             self.drop(held)
+
+    def modules_of(self, parameter: str) -> list[nn.Module]:
+        """The modules that have a parameter as their ``weight``, those that it is tied to included."""
+        paths = [path.rpartition(".") for path in (parameter, *self._aliases.get(parameter, ()))]
+        return [self.model.get_submodule(owner) for owner, _, name in paths if name == "weight"]
 
     def loaded(self, paths: Iterable[str]) -> dict[str, Tensor]:
         """The parameters at these paths that have values now."""
@@ -283,7 +293,8 @@ class Skeleton:
         for index, block in enumerate(self.blocks):
             block.forward = self._wrapped(index, block.forward)
         embedding = self.model.get_input_embeddings()
-        embedding.forward = self._watched(embedding.forward)
+        # Of its class as it is then: another one may have taken the weight's place.
+        embedding.forward = self._watched(lambda *args, **kwargs: type(embedding).forward(embedding, *args, **kwargs))
 
     def _wrapped(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         last = len(self.blocks) - 1

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tenpak.errors import CodecError, InvalidPayloadError, RecipeError
 
-__all__ = ["Codec", "Field", "Payload", "Statistics", "require_matrix"]
+__all__ = ["Codec", "Field", "Payload", "Statistics", "Tunable", "require_matrix"]
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,33 @@ class Statistics:
         return looked_up + self.output_curvature * self.hessian.diagonal().sum()
 
 
+class Tunable(nn.Module, ABC):
+    """A weight whose continuous part can be tuned while its codes stay: products and look-ups pass on gradients.
+
+    Its ``parameters()`` are FP32, of a scale on which changes of a hundredth matter.
+    """
+
+    @abstractmethod
+    def rounded(self, value: Tensor) -> Tensor:
+        """A parameter's value as the payload will hold it."""
+
+    @abstractmethod
+    def matmul(self, x: Tensor) -> Tensor:
+        """``x @ W.T`` for FP32 ``x`` of shape ``[..., in]``."""
+
+    @abstractmethod
+    def rows(self, indices: Tensor) -> Tensor:
+        """Rows ``indices`` of the weight, FP32 ``[*indices.shape, in]``."""
+
+    @abstractmethod
+    def matrix(self) -> Tensor:
+        """The weight, FP32 ``[out, in]``."""
+
+    @abstractmethod
+    def payload(self) -> Payload:
+        """The payload with the parameters as they are now, each rounded."""
+
+
 @dataclass(frozen=True)
 class Codec(ABC):
     """Base of all codecs; subclasses are frozen dataclasses with JSON-compatible fields (or codecs) only."""
@@ -180,6 +207,14 @@ class Codec(ABC):
     def rows(self, indices: Tensor, prepared: Any) -> Tensor:
         """Rows ``indices`` (int64, any shape) of the decoded weight, FP32 ``[*indices.shape, in]``: a look-up."""
         return self.decode(prepared)[indices]
+
+    def tunable(self, payload: Payload) -> Tunable | None:
+        """What of a payload is continuous, to be tuned by its gradient; None where a codec has nothing of the kind.
+
+        Raises:
+            InvalidPayloadError: as ``decode``.
+        """
+        return None
 
     # Configuration -----------------------------------------------------------------------------------------------
 

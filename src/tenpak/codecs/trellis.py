@@ -12,9 +12,10 @@ Levels. Along each column a trellis chooses between two quantizers (``kernels.co
 plus ``rate_weight`` times the bits that the levels will take. At 0.3 reconstruction points are where the
 levels' conditional means are, within one per cent from 1 to 4 bits, so no shrinkage is stored.
 
-Bytes. A weight is level · row scale · column scale, in FP32, scales being step·2^(a/4)·(1 + b/128) and
-2^(c/4)·(1 + d/128). Levels are entropy-coded with the tables of a class: the sum of a row's and a column's class, a
-standard deviation in quarter octaves. The one field, ``stream`` (uint8), is described in docs/format.md.
+Bytes. A weight is level · row scale · column scale, in FP32, scales being step·2^(a/4)·(1 + b/2^e) and
+2^(c/4)·(1 + d/2^e), b and d zero until a model is tuned. Levels are entropy-coded with the tables of a class: the sum
+of a row's and a column's class, a standard deviation in quarter octaves. The one field, ``stream`` (uint8), is
+described in docs/format.md.
 
 Entropy-coded trellis quantization: Fischer and Wang 1992, Joshi and Fischer 1995; with a rate term along the path as
 in video coding (Schwarz et al. 2019).
@@ -33,6 +34,7 @@ from tenpak.codecs.base import Codec, Payload, Statistics, require_matrix
 from tenpak.codecs.rounding.feedback import feedback
 from tenpak.codecs.trellis_fit import fitted, lengths
 from tenpak.codecs.trellis_stream import SEGMENT, Coded, read, representable, write
+from tenpak.codecs.trellis_tuning import TunableTrellis
 from tenpak.codecs.validation import require_bool, require_choice, require_number
 from tenpak.errors import CodecError, InvalidPayloadError, MissingStatisticsError
 from tenpak.kernels import core
@@ -182,13 +184,23 @@ class Trellis(Codec):
 
     def prepare(self, payload: Payload) -> Prepared:
         """Levels and scales: what products are made from."""
+        coded = self._read(payload)
+        device = payload.tensors["stream"].device
+        return Prepared(*(part.to(device) for part in (coded.levels, coded.row_scale, coded.column_scale)))
+
+    def tunable(self, payload: Payload) -> TunableTrellis:
+        """Row and column scales are continuous.
+
+        Raises:
+            InvalidPayloadError: the stream is damaged.
+        """
+        return TunableTrellis(payload, self._read(payload))
+
+    def _read(self, payload: Payload) -> Coded:
         fields = {name: (t.dtype, t.ndim) for name, t in payload.tensors.items()}
         if fields != {"stream": (torch.uint8, 1)}:
             raise InvalidPayloadError(f"payload of {self.id} holds {fields}, expected a uint8 vector 'stream'")
-        stream = payload.tensors["stream"]
-        coded = read(stream.cpu(), payload.shape, self.step, self.states)
-        parts = (coded.levels, coded.row_scale, coded.column_scale)
-        return Prepared(*(part.to(stream.device) for part in parts))
+        return read(payload.tensors["stream"].cpu(), payload.shape, self.step, self.states)
 
     def matmul(self, x: Tensor, prepared: Any) -> Tensor:
         """``x @ W.T`` for ``x`` of shape ``[..., in]``, in the dtype of ``x``; on a CPU in FP32, from levels."""

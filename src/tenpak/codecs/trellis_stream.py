@@ -23,7 +23,7 @@ CLASSES = 64
 UNIT = 12  # the class of a standard deviation of one step
 _SHAPE = (48, 22, 64, 8)
 _SIDE_SHAPE = (64, 64, 64, 16)
-_DELTA = 128  # what the fine part of a scale is a fraction of
+_FINEST = 16  # binary places of the fine part of a scale
 _MOST_POWER = 400  # 2^±100
 _MOST_SCALE = 2.0**100  # FP32 holds a level of it
 _MOST_LEVELS = 1 << 15  # per byte: a symbol takes 2^-11.5 bits at least
@@ -41,13 +41,14 @@ class Coded:
     Attributes:
         step: of the codec.
         states: of the trellis.
-        row_power: a of row scale step·2^(a/4)·(1 + b/128), int32 ``[out]``.
-        column_power: c of column scale 2^(c/4)·(1 + d/128), int32 ``[in]``.
+        row_power: a of row scale step·2^(a/4)·(1 + b/2^places), int32 ``[out]``.
+        column_power: c of column scale 2^(c/4)·(1 + d/2^places), int32 ``[in]``.
         levels: int32 ``[out, in]``; as it was read, int8 or int16 where these hold it.
         row_class: int32 ``[out]``; a level's class is the sum of its row's and its column's.
         column_class: int32 ``[in]``.
         row_delta: b, int32 ``[out]``, or empty: all zero.
-        column_delta: d, int32 ``[in]``, or empty: all zero.
+        column_delta: d, int32 ``[in]``, or empty like the rows': all zero.
+        places: binary places of b and d, 0 to 16.
         shape: of the tables.
     """
 
@@ -60,24 +61,25 @@ class Coded:
     column_class: Tensor = field(default_factory=_zeros)
     row_delta: Tensor = field(default_factory=_zeros)
     column_delta: Tensor = field(default_factory=_zeros)
+    places: int = 7
     shape: tuple[int, int, int, int] = _SHAPE
 
     @property
     def row_scale(self) -> Tensor:
         """FP32 ``[out]``."""
-        return _scale(self.step, self.row_power, self.row_delta)
+        return _scale(self.step, self.row_power, self.row_delta, self.places)
 
     @property
     def column_scale(self) -> Tensor:
         """FP32 ``[in]``."""
-        return _scale(1.0, self.column_power, self.column_delta)
+        return _scale(1.0, self.column_power, self.column_delta, self.places)
 
 
-def _scale(base: float, power: Tensor, delta: Tensor) -> Tensor:
+def _scale(base: float, power: Tensor, delta: Tensor, places: int) -> Tensor:
     # Exact: powers of two, one of four constants, one rounding to FP32 at the end.
     roots = torch.tensor([1.0, 2**0.25, 2**0.5, 2**0.75], dtype=torch.float64)
     scale = torch.ldexp(base * roots[power.long() % 4], torch.div(power, 4, rounding_mode="floor"))
-    return (scale * (1 + delta.double() / _DELTA) if len(delta) else scale).float()
+    return (scale * (1 + delta.double() / 2**places) if len(delta) else scale).float()
 
 
 def representable(coded: Coded) -> bool:
@@ -109,7 +111,8 @@ def write(coded: Coded) -> Tensor:
         return core.rans_encode(levels, coded.row_class, classes, shape, coded.states, lanes, SEGMENT)
 
     parts = each(encode, _stripes(rows, columns))
-    head = struct.pack("<BB4B", lanes, len(vectors), *coded.shape) + table
+    places = bytes([coded.places]) if len(vectors) > 4 else b""
+    head = struct.pack("<BB4B", lanes, len(vectors), *coded.shape) + places + table
     head += b"".join(map(_varint, [len(side) // 2, *(len(part) // 2 for part in parts)]))
     return torch.cat([torch.frombuffer(bytearray(head), dtype=torch.uint8), side, *parts])
 
@@ -127,6 +130,9 @@ def read(stream: Tensor, shape: tuple[int, int], step: float, states: int) -> Co
     lanes, count, zero0, zero1, one1, tail = data.take(6).tolist()
     if not 1 <= lanes <= 32 or count not in (4, 6):
         raise _damaged("its header")
+    places = int(data.take(1)) if count == 6 else 0
+    if places > _FINEST:
+        raise _damaged("its header")
     sizes = [rows, columns] * (count // 2)
     ranges = [struct.unpack("<hB", bytes(data.take(3).tolist())) for _ in sizes]
     side_words, *words = [data.varint() for _ in range(1 + len(_stripes(rows, columns)))]
@@ -138,8 +144,8 @@ def read(stream: Tensor, shape: tuple[int, int], step: float, states: int) -> Co
     shape_bytes = (zero0, zero1, one1, tail)
     levels = _read_levels(parts, vectors[2], vectors[3], shape_bytes, states, lanes)
     named = dict(zip(_VECTORS, vectors, strict=False))
-    coded = Coded(step, states, levels=levels, shape=shape_bytes, **named)
-    if any(int(v.min()) <= -_DELTA for v in vectors[4:]) or not representable(coded):
+    coded = Coded(step, states, levels=levels, shape=shape_bytes, places=places, **named)
+    if any(int(v.min()) <= -(2**places) for v in vectors[4:]) or not representable(coded):
         raise _damaged("its scales")
     return coded
 

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from tenpak.artifact.blob import matrix_shape, split
 from tenpak.artifact.schema import WeightEntry
 from tenpak.codecs import registry
-from tenpak.codecs.base import Payload
+from tenpak.codecs.base import Payload, Tunable
 
 __all__ = [
     "CompressedConv1D",
@@ -126,7 +126,7 @@ class CompressedWeight(nn.Module):
 class CompressedLinear(nn.Linear):
     """nn.Linear whose weight is a payload."""
 
-    payload: CompressedWeight
+    payload: CompressedWeight | Tunable
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]  # a parameter in the base class
@@ -140,7 +140,7 @@ class CompressedLinear(nn.Linear):
 class CompressedConv1D(Conv1D):  # type: ignore[misc]  # transformers is untyped here
     """GPT-2's Conv1D, a linear layer whose weight is stored ``[in, out]``, with a payload."""
 
-    payload: CompressedWeight
+    payload: CompressedWeight | Tunable
     bias: Tensor
 
     @property
@@ -155,7 +155,7 @@ class CompressedConv1D(Conv1D):  # type: ignore[misc]  # transformers is untyped
 class CompressedEmbedding(nn.Embedding):
     """nn.Embedding whose weight is a payload; looks up rows without decoding the others."""
 
-    payload: CompressedWeight
+    payload: CompressedWeight | Tunable
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]  # a parameter in the base class
@@ -234,7 +234,7 @@ class StackedWeight(nn.Module):
         return func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
 
 
-def install(module: nn.Module, payload: CompressedWeight) -> None:
+def install(module: nn.Module, payload: CompressedWeight | Tunable) -> None:
     """Replace the weight of a linear, Conv1D or embedding module by a payload, keeping everything else of it."""
     del module._parameters["weight"]
     module.__class__ = _compressed_class(type(module))  # type: ignore[arg-type]  # mypy takes classes for unhashable

@@ -30,9 +30,18 @@ def report_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         if experts:
             fewest = min(min(counts) for counts in experts.values())
             rows.append(("experts", f"{len(experts)} tensors; the least fed expert saw {fewest} tokens"))
+    if report["calibration"] is not None and "tuning" in report["calibration"]:
+        rows.append(("tuned", _tuning(report["calibration"]["tuning"])))
     if report["seconds"] is not None:
         rows.append(("time", f"{report['seconds']:.1f} s"))
     return rows + (quality_rows(report["quality"])[3:] if report["quality"] else [])
+
+
+def _tuning(tuning: dict[str, Any]) -> str:
+    before, after = tuning["kl"]
+    if not tuning["kept"]:
+        return f"no gain on the windows held out (KL {before:.5f}), so nothing was changed"
+    return f"{tuning['trace']['best']} steps; KL on the windows held out {before:.5f} → {after:.5f}"
 
 
 def quality_rows(quality: dict[str, Any]) -> list[tuple[str, str]]:

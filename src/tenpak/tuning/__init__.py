@@ -1,0 +1,1 @@
+"""Recovery: what stays continuous in a compressed model, tuned towards the original."""

@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 
@@ -132,22 +133,66 @@ nb::bytes rans_encode(Matrix<const std::int32_t> levels, Vector<const std::int32
     return nb::bytes(words.data(), words.size() * sizeof(std::uint16_t));  // little-endian, as the machine is
 }
 
+bool (*decoder())(const tenpak::Decoding&) {
+    switch (chosen) {
+#if defined(TENPAK_X86)
+        case Isa::avx512: return &tenpak::avx512::decode;
+        case Isa::avx2: return &tenpak::avx2::decode;
+#endif
+        default: return &tenpak::generic::decode;
+    }
+}
+
 bool rans_decode(Vector<const std::uint16_t> words, Matrix<std::int32_t> levels, Vector<const std::int32_t> row_class,
                  Vector<const std::int32_t> column_class, Bytes shape, unsigned states, std::size_t lanes,
                  std::size_t segment) {
     const tenpak::Layout layout = layout_of(row_class, column_class, shape, states, lanes, segment);
     require(levels.shape(0) == layout.rows && levels.shape(1) == layout.columns, "one class per row and per column");
     nb::gil_scoped_release unlocked;
-    const auto decode = [] {
-        switch (chosen) {
-#if defined(TENPAK_X86)
-            case Isa::avx512: return &tenpak::avx512::decode;
-            case Isa::avx2: return &tenpak::avx2::decode;
-#endif
-            default: return &tenpak::generic::decode;
-        }
-    }();
-    return tenpak::rans_decode(layout, words.data(), words.shape(0), levels.data(), decode);
+    return tenpak::rans_decode(layout, words.data(), words.shape(0), levels.data(), decoder());
+}
+
+using Frequencies = nb::ndarray<const std::uint16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+tenpak::Grid grid_of(std::size_t rows, std::size_t columns, Vector<const std::int32_t> row_class,
+                     Frequencies frequencies, std::size_t lanes) {
+    const std::size_t classes = frequencies.shape(0);
+    require(row_class.shape(0) == rows, "one class per row");
+    require(lanes > 0 && classes > 0, "there is at least one lane and one class");
+    require(frequencies.shape(1) == 256, "frequencies are [classes, 256]");
+    for (std::size_t cls = 0; cls < classes; ++cls) {
+        const std::uint16_t* table = frequencies.data() + cls * 256;
+        require(std::accumulate(table, table + 256, 0u) == 4096 && *std::max_element(table, table + 256) < 4096,
+                "the frequencies of a class are below 4096 and add up to it");
+    }
+    for (std::size_t i = 0; i < rows; ++i)
+        require(row_class.data()[i] >= 0 && static_cast<std::size_t>(row_class.data()[i]) < classes,
+                "a row's class has frequencies");
+    return {rows, columns, lanes, classes, row_class.data(), frequencies.data()};
+}
+
+nb::bytes symbols_encode(Matrix<const std::uint8_t> symbols, Vector<const std::int32_t> row_class,
+                         Frequencies frequencies, std::size_t lanes) {
+    const tenpak::Grid grid = grid_of(symbols.shape(0), symbols.shape(1), row_class, frequencies, lanes);
+    for (std::size_t i = 0; i < grid.rows; ++i) {
+        const std::uint16_t* table = grid.frequencies + static_cast<std::size_t>(grid.row_class[i]) * 256;
+        const std::uint8_t* row = symbols.data() + i * grid.columns;
+        require(std::all_of(row, row + grid.columns, [&](std::uint8_t symbol) { return table[symbol] > 0; }),
+                "a symbol that occurs has a frequency");
+    }
+    std::vector<std::uint16_t> words;
+    {
+        nb::gil_scoped_release unlocked;
+        words = tenpak::symbols_encode(grid, symbols.data());
+    }
+    return nb::bytes(words.data(), words.size() * sizeof(std::uint16_t));
+}
+
+bool symbols_decode(Vector<const std::uint16_t> words, Matrix<std::uint8_t> symbols,
+                    Vector<const std::int32_t> row_class, Frequencies frequencies, std::size_t lanes) {
+    const tenpak::Grid grid = grid_of(symbols.shape(0), symbols.shape(1), row_class, frequencies, lanes);
+    nb::gil_scoped_release unlocked;
+    return tenpak::symbols_decode(grid, words.data(), words.shape(0), symbols.data(), decoder());
 }
 
 void histogram(Matrix<const std::int32_t> levels, Counts counts, Vector<const std::int32_t> row_class,
@@ -207,6 +252,8 @@ NB_MODULE(_native, m) {
           "segment"_a);
     m.def("rans_decode", &rans_decode, "words"_a, "levels"_a, "row_class"_a, "column_class"_a, "shape"_a, "states"_a,
           "lanes"_a, "segment"_a);
+    m.def("symbols_encode", &symbols_encode, "symbols"_a, "row_class"_a, "frequencies"_a, "lanes"_a);
+    m.def("symbols_decode", &symbols_decode, "words"_a, "symbols"_a, "row_class"_a, "frequencies"_a, "lanes"_a);
     m.def("histogram", &histogram, "levels"_a, "counts"_a, "row_class"_a, "column_class"_a, "states"_a, "segment"_a);
     const auto products = [&]<typename Level>() {
         m.def("product", &product<Level>, "x"_a, "levels"_a.noconvert(), "row_scale"_a, "column_scale"_a, "y"_a,

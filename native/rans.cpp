@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <memory>
 
 namespace tenpak {
 namespace {
@@ -288,6 +289,97 @@ bool rans_decode(const Layout& layout, const std::uint16_t* words, std::size_t c
         for (std::int32_t k = -128; k < 128; ++k)
             decoding.level[q][static_cast<std::size_t>(k & 255)] = static_cast<std::int16_t>(state.level(k, q));
     return decode(decoding);
+}
+
+// Bytes ---------------------------------------------------------------------------------------------------------------
+
+namespace {
+
+constexpr unsigned kSymbols = 256;
+
+// The inner loop knows levels -128 … 127 and reads -128 slowly: that is to be the rarest symbol, others follow it.
+unsigned rarest(const Grid& grid) {
+    std::array<std::uint32_t, kSymbols> sum{};
+    for (std::size_t cls = 0; cls < grid.classes; ++cls)
+        for (unsigned symbol = 0; symbol < kSymbols; ++symbol) sum[symbol] += grid.frequencies[cls * kSymbols + symbol];
+    return static_cast<unsigned>(std::min_element(sum.begin(), sum.end()) - sum.begin());
+}
+
+// What Decoding wants: tables of Q0 and Q1, of which there is but Q0.
+struct ByteSlots {
+    std::vector<Context> contexts;
+    std::vector<std::uint32_t> slots;
+    std::vector<std::uint8_t> symbols;
+
+    ByteSlots(const Grid& grid, unsigned first)
+        : contexts(grid.classes * 2, Context{128, 0}), slots(contexts.size() << kPrecision), symbols(slots.size()) {
+        for (std::size_t cls = 0; cls < grid.classes; ++cls) {
+            std::size_t at = cls << (kPrecision + 1);
+            const std::size_t end = at + (1u << kPrecision);
+            for (unsigned symbol = 0; symbol < kSymbols; ++symbol) {
+                const std::uint32_t frequency = grid.frequencies[cls * kSymbols + symbol];
+                const unsigned index = (symbol - first) % kSymbols;
+                const std::uint32_t slot = ((index - 128) << 24) | ((frequency - 1) << 12);
+                for (std::uint32_t place = 0; place < frequency && at < end; ++place, ++at) {
+                    slots[at] = slot | place;
+                    symbols[at] = static_cast<std::uint8_t>(index);
+                }
+            }
+        }
+    }
+};
+
+}  // namespace
+
+std::vector<std::uint16_t> symbols_encode(const Grid& grid, const std::uint8_t* symbols) {
+    std::vector<std::uint16_t> starts(grid.classes * kSymbols);
+    for (std::size_t at = 0; at < starts.size(); ++at)
+        starts[at] = static_cast<std::uint16_t>(at % kSymbols ? starts[at - 1] + grid.frequencies[at - 1] : 0);
+    Writer writer(grid.lanes);
+    for (std::size_t group = (grid.columns + grid.lanes - 1) / grid.lanes; group-- > 0;) {
+        const std::size_t first = group * grid.lanes, width = std::min(grid.lanes, grid.columns - first);
+        for (std::size_t i = grid.rows; i-- > 0;)
+            for (std::size_t lane = width; lane-- > 0;) {
+                const std::size_t at = static_cast<std::size_t>(grid.row_class[i]) * kSymbols +
+                                       symbols[i * grid.columns + first + lane];
+                writer.put(lane, starts[at], grid.frequencies[at], kPrecision);
+            }
+    }
+    return writer.finish();
+}
+
+bool symbols_decode(const Grid& grid, const std::uint16_t* words, std::size_t count, std::uint8_t* symbols,
+                    bool (*decode)(const Decoding&)) {
+    const unsigned first = rarest(grid);
+    const ByteSlots slots(grid, first);
+    const std::vector<std::int32_t> column_class(grid.columns);
+    const std::size_t size = grid.rows * grid.columns;
+    const auto levels = std::make_unique_for_overwrite<std::int32_t[]>(size);
+    Decoding decoding{grid.rows,
+                      grid.columns,
+                      grid.lanes,
+                      std::max<std::size_t>(grid.rows, 1),
+                      grid.row_class,
+                      column_class.data(),
+                      0,
+                      static_cast<std::int32_t>(grid.classes) - 1,
+                      slots.contexts.data(),
+                      slots.slots.data(),
+                      slots.symbols.data(),
+                      0,
+                      0,
+                      0,
+                      {},
+                      {},
+                      words,
+                      count,
+                      levels.get()};
+    for (std::int32_t k = -128; k < 128; ++k)
+        decoding.level[0][static_cast<std::size_t>(k & 255)] = static_cast<std::int16_t>(k);
+    if (!decode(decoding)) return false;
+    for (std::size_t i = 0; i < size; ++i)
+        symbols[i] = static_cast<std::uint8_t>(static_cast<unsigned>(levels[i]) + 128 + first);
+    return true;
 }
 
 }  // namespace tenpak

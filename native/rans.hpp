@@ -48,4 +48,18 @@ std::vector<std::int64_t> histogram(const Layout& layout, const std::int32_t* le
 bool rans_decode(const Layout& layout, const std::uint16_t* words, std::size_t count, std::int32_t* levels,
                  bool (*decode)(const Decoding&));
 
+// Bytes of any origin, with tables that are given: one of 256 frequencies per class of rows, adding up to 2^12.
+struct Grid {
+    std::size_t rows, columns, lanes, classes;
+    const std::int32_t* row_class;      // [rows], each below classes
+    const std::uint16_t* frequencies;   // [classes][256], each below 2^12
+};
+
+// Symbols [rows][columns], none of frequency zero, to 16-bit words.
+std::vector<std::uint16_t> symbols_encode(const Grid& grid, const std::uint8_t* symbols);
+
+// False where the words are not what an encoder writes for this grid. `decode` is one of the variants.
+bool symbols_decode(const Grid& grid, const std::uint16_t* words, std::size_t count, std::uint8_t* symbols,
+                    bool (*decode)(const Decoding&));
+
 }  // namespace tenpak

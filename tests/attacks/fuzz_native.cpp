@@ -2,8 +2,8 @@
 // builds this with sanitizers.
 //
 // fuzz_native ROUNDS SEED: each round draws a layout and levels, requires that they survive the way there and back, then
-// decodes damaged copies of the words; and quantizes a block. All variants must agree. Arrays are exactly as long as they
-// must be, so that a read or write beyond them is seen.
+// decodes damaged copies of the words; does the same with bytes and tables of any kind; and quantizes a block. All
+// variants must agree. Arrays are exactly as long as they must be, so that a read or write beyond them is seen.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -47,7 +47,7 @@ void require(bool condition, const char* what) {
     std::exit(1);
 }
 
-std::vector<std::int32_t> classes(std::size_t count, int low, int high) {
+std::vector<std::int32_t> classes_of(std::size_t count, int low, int high) {
     std::vector<std::int32_t> drawn(count);
     for (auto& cls : drawn) cls = draw(low, high);
     return drawn;
@@ -105,8 +105,8 @@ void code() {
     layout.segment = size(1, 50);
     layout.states = kStates[draw(0, 7)];
     const int low = draw(-9, 70);  // few classes: their tables take most of the time
-    const auto row_class = classes(layout.rows, low, low + draw(0, 1));
-    const auto column_class = classes(layout.columns, 0, draw(0, 1));
+    const auto row_class = classes_of(layout.rows, low, low + draw(0, 1));
+    const auto column_class = classes_of(layout.columns, 0, draw(0, 1));
     layout.row_class = row_class.data();
     layout.column_class = column_class.data();
     const auto byte = [] { return static_cast<std::uint8_t>(draw(0, 3) == 0 ? 255 * draw(0, 1) : draw(0, 255)); };
@@ -119,6 +119,64 @@ void code() {
         for (int count = draw(1, 3); count > 0; --count) damage(damaged);
         const auto found = decoded(layout, damaged);
         require(damaged == words || found != levels || levels.empty(), "damaged words decode to the same levels");
+    }
+}
+
+// Bytes ---------------------------------------------------------------------------------------------------------------
+
+// What the words decode to, or nothing.
+std::vector<std::uint8_t> decoded(const tenpak::Grid& grid, const std::vector<std::uint16_t>& words) {
+    const std::vector<std::uint16_t> exact(words);
+    std::vector<std::uint8_t> first;
+    for (std::size_t v = 0; v < kVariants.size(); ++v) {
+        std::vector<std::uint8_t> symbols(grid.rows * grid.columns);
+        if (!tenpak::symbols_decode(grid, exact.data(), exact.size(), symbols.data(), kVariants[v].decode))
+            symbols.clear();
+        require(v == 0 || symbols == first, "variants decode bytes differently");
+        first = symbols;
+    }
+    return first;
+}
+
+void code_bytes() {
+    const std::size_t rows = size(0, 40), classes = size(1, 3);
+    const std::size_t lanes = draw(0, 1) ? std::size_t{16} << draw(0, 1) : size(1, 32);
+    const std::size_t columns = draw(0, 1) ? lanes * size(1, 2) : size(0, 40);
+    const auto row_class = classes_of(rows, 0, static_cast<int>(classes) - 1);
+    // Some symbols of any frequency; what is left of 2^12 goes to one of them.
+    std::vector<std::uint16_t> frequencies(classes * 256);
+    std::vector<std::vector<std::uint8_t>> occurring(classes);
+    for (std::size_t cls = 0; cls < classes; ++cls) {
+        int left = 4096;
+        for (int count = draw(2, 256); count > 0; --count) {
+            const std::size_t symbol = size(0, 255);
+            if (frequencies[cls * 256 + symbol] > 0) continue;
+            const int frequency = draw(1, 4096 / 256);
+            frequencies[cls * 256 + symbol] = static_cast<std::uint16_t>(frequency);
+            occurring[cls].push_back(static_cast<std::uint8_t>(symbol));
+            left -= frequency;
+        }
+        if (occurring[cls].size() == 1) {
+            const auto other = static_cast<std::uint8_t>(occurring[cls][0] ^ 1);
+            frequencies[cls * 256 + other] = 1;
+            --left;
+        }
+        frequencies[cls * 256 + occurring[cls][0]] =
+            static_cast<std::uint16_t>(frequencies[cls * 256 + occurring[cls][0]] + left);
+    }
+    const tenpak::Grid grid{rows, columns, lanes, classes, row_class.data(), frequencies.data()};
+    std::vector<std::uint8_t> symbols(rows * columns);
+    for (std::size_t at = 0; at < symbols.size(); ++at) {
+        const auto& known = occurring[static_cast<std::size_t>(row_class[at / columns])];
+        symbols[at] = known[draw(0, 1) ? 0 : size(0, static_cast<int>(known.size()) - 1)];
+    }
+    const auto words = tenpak::symbols_encode(grid, symbols.data());
+    require(decoded(grid, words) == symbols, "bytes do not survive the way there and back");
+    for (int copy = 0; copy < 6; ++copy) {
+        auto damaged = words;
+        for (int count = draw(1, 3); count > 0; --count) damage(damaged);
+        const auto found = decoded(grid, damaged);
+        require(damaged == words || found != symbols || symbols.empty(), "damaged words decode to the same bytes");
     }
 }
 
@@ -138,7 +196,7 @@ void quantize() {
         if (draw(0, 9) == 0) value *= std::pow(10.0f, static_cast<float>(draw(-40, 20)));
     const auto feedback = floats(columns * columns, -1, 1), rates = floats(known * 2 * symbols, 0, 3);
     const auto row_step = floats(rows, 0.5f, 2), column_step = floats(columns, 0.5f, 2);
-    const auto row_class = classes(rows, -5, 5), column_class = classes(columns, -5, 5);
+    const auto row_class = classes_of(rows, -5, 5), column_class = classes_of(columns, -5, 5);
     const unsigned states = kStates[draw(0, 7)];
     const std::size_t segment = size(1, 50);
     std::vector<std::int32_t> first;
@@ -158,6 +216,6 @@ void quantize() {
 int main(int argc, char** argv) {
     require(argc == 3, "usage: fuzz_native ROUNDS SEED");
     generator.seed(static_cast<unsigned>(std::atoi(argv[2])));
-    for (int round = std::atoi(argv[1]); round > 0; --round) code(), quantize();
+    for (int round = std::atoi(argv[1]); round > 0; --round) code(), code_bytes(), quantize();
     return 0;
 }

@@ -374,6 +374,82 @@ def test_size_is_that_of_another_coder() -> None:
     assert raw < 0.02 * 8 * expected  # few escapes: it is the tables that are compared
 
 
+# Bytes ---------------------------------------------------------------------------------------------------------------
+
+
+def coding(rows: int, columns: int, classes: int, spread: float, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Symbols around a middle that differs by class, their classes, and frequencies of what occurs, off by a little."""
+    generator = random(seed)
+    row_class = torch.randint(0, classes, (rows,), generator=generator, dtype=torch.int32)
+    middle = torch.randint(0, 256, (classes,), generator=generator)[row_class.long(), None]
+    symbols = ((spread * torch.randn(rows, columns, generator=generator)).round() + middle) % 256
+    frequencies = torch.zeros(classes, 256, dtype=torch.int64)
+    for cls in range(classes):
+        counts = torch.bincount(symbols[row_class == cls].flatten().int(), minlength=256) + torch.eye(256)[cls].long()
+        frequencies[cls] = (counts > 0) + counts * (4000 - (counts > 0).sum()) // counts.sum()
+        frequencies[cls, cls + 1] += 4096 - frequencies[cls].sum()
+    return symbols.to(torch.uint8), row_class, frequencies.to(torch.uint16)
+
+
+@pytest.mark.parametrize("lanes", [1, 3, 8, 16, 32])
+@pytest.mark.parametrize(("classes", "spread"), [(1, 3.0), (3, 0.0), (16, 60.0)])
+def test_bytes_there_and_back(lanes: int, classes: int, spread: float) -> None:
+    """By every instruction set, to the same bytes; all 256 symbols, -128 of the inner loop among them."""
+    for rows, columns in ((1, 1), (7, 5), (5, 33), (20, 64), (0, 4), (4, 0)):
+        symbols, row_class, frequencies = coding(rows, columns, classes, spread)
+        data = [None] * len(ISAS)
+        for i, isa in enumerate(ISAS):
+            with core.using(isa):
+                data[i] = core.symbols_encode(symbols, row_class, frequencies, lanes)
+                found = core.symbols_decode(data[i], columns, row_class, frequencies, lanes)
+            assert found is not None
+            assert torch.equal(found, symbols)
+            assert torch.equal(data[i], data[0])
+
+
+def test_bytes_take_what_their_frequencies_say() -> None:
+    symbols, row_class, frequencies = coding(400, 96, 4, 20.0)
+    share = frequencies.long()[row_class.long()[:, None], symbols.long()] / 4096
+    expected = float(-share.double().log2().sum()) / 8
+    data = core.symbols_encode(symbols, row_class, frequencies, 16)
+    assert expected <= len(data) <= 1.0005 * expected + 4 * 16
+
+
+def test_damaged_bytes_are_refused_or_decode_to_something_else() -> None:
+    symbols, row_class, frequencies = coding(6, 40, 3, 50.0)
+    for lanes in (1, 5, 32):
+        data, generator = core.symbols_encode(symbols, row_class, frequencies, lanes), random(6)
+        damaged = [data[:length] for length in range(len(data))] + [torch.cat([data, data[:2]])]
+        for place in range(len(data)):
+            other = data.clone()
+            other[place] ^= int(torch.randint(1, 256, (1,), generator=generator))
+            damaged.append(other)
+        for other in damaged:
+            found = []
+            for isa in ISAS:
+                with core.using(isa):
+                    found.append(core.symbols_decode(other, 40, row_class, frequencies, lanes))
+            assert all((one is None) == (found[0] is None) for one in found)
+            assert found[0] is None or all(torch.equal(one, found[0]) for one in found)  # type: ignore[arg-type]
+            assert found[0] is None or not torch.equal(found[0], symbols)
+
+
+def test_misuse_of_frequencies_is_refused() -> None:
+    symbols, row_class, frequencies = coding(6, 40, 2, 5.0)
+    wrong = frequencies.long()
+    wrong[0, 0] += 1
+    alone = torch.zeros(2, 256, dtype=torch.int64)
+    alone[:, 0] = 4096
+    if len(ISAS) > 1:
+        for bad in (wrong, alone, frequencies.long()[:1], frequencies.long()[:, :255], frequencies.long().roll(99, 1)):
+            with pytest.raises(ValueError, match=r"frequenc"):
+                core.symbols_encode(symbols, row_class, bad.to(torch.uint16).contiguous(), 4)
+        with pytest.raises(ValueError, match="one class per row"):
+            core.symbols_encode(symbols, row_class[1:], frequencies, 4)
+        with pytest.raises(ValueError, match="at least one"):
+            core.symbols_encode(symbols, row_class, frequencies, 0)
+
+
 # Damage --------------------------------------------------------------------------------------------------------------
 
 

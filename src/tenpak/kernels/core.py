@@ -28,6 +28,8 @@ __all__ = [
     "quantize",
     "rans_decode",
     "rans_encode",
+    "symbols_decode",
+    "symbols_encode",
     "using",
 ]
 
@@ -177,6 +179,31 @@ def rans_decode(
     words = data.clone().view(torch.uint16)
     good = _call("rans_decode", words, levels, row_class, column_class, shape, states, lanes, segment)
     return levels if good else None
+
+
+def symbols_encode(symbols: Tensor, row_class: Tensor, frequencies: Tensor, lanes: int) -> Tensor:
+    """Entropy-code bytes with tables that are given.
+
+    Args:
+        symbols: uint8 ``[rows, columns]``; each that occurs in a class has a frequency there.
+        row_class: int32 ``[rows]``: which table a row is coded with.
+        frequencies: uint16 ``[classes, 256]``: below 4096, of each class adding up to it.
+        lanes: columns that are coded interleaved.
+
+    Returns:
+        uint8 ``[bytes]``, an even number of them.
+    """
+    data = bytearray(_call("symbols_encode", symbols, row_class, frequencies, lanes))
+    return torch.frombuffer(data, dtype=torch.uint8)
+
+
+def symbols_decode(data: Tensor, columns: int, row_class: Tensor, frequencies: Tensor, lanes: int) -> Tensor | None:
+    """Symbols, uint8 ``[rows, columns]``, from what ``symbols_encode`` gave; None where it did not give that."""
+    symbols = torch.empty(len(row_class), columns, dtype=torch.uint8)
+    if len(data) % 2:
+        return None
+    good = _call("symbols_decode", data.clone().view(torch.uint16), symbols, row_class, frequencies, lanes)
+    return symbols if good else None
 
 
 def histogram(levels: Tensor, row_class: Tensor, column_class: Tensor, states: int, segment: int, sizes: int) -> Tensor:

@@ -12,10 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["frequencies", "histogram", "product", "quantize", "rans_decode", "rans_encode"]
+__all__ = [
+    "frequencies", "histogram", "product", "quantize", "rans_decode", "rans_encode", "symbols_decode", "symbols_encode",
+]  # fmt: skip
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int32]
+Symbols = NDArray[np.uint8]
+Words = NDArray[np.uint16]
 
 # States → h0 and h1: the parity-check polynomials without their last bit.
 MACHINES = {4: (2, 1), 8: (5, 2), 16: (9, 2), 32: (18, 4), 64: (33, 10), 128: (78, 43), 256: (166, 121)}
@@ -177,7 +181,7 @@ def _frequencies(cls: int, q: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*found, escape)
 
 
-def frequencies(cls: int, quantizer: int, shape: NDArray[np.uint8]) -> list[int]:
+def frequencies(cls: int, quantizer: int, shape: Symbols) -> list[int]:
     """Frequencies of the symbols -reach … reach and of the escape."""
     return list(_frequencies(cls, quantizer, tuple(int(part) for part in shape)))
 
@@ -209,8 +213,9 @@ class _State:
             self.state = (self.state >> 1) ^ (self.h0 if self.state & 1 else 0) ^ (self.h1 if k & 1 else 0)
 
 
-def _walk(rows: int, columns: int, lanes: int, states: int, segment: int) -> Iterator[tuple[int, int, int, _State]]:
+def _walk(shape: tuple[int, ...], lanes: int, states: int, segment: int) -> Iterator[tuple[int, int, int, _State]]:
     """Row, column, lane and its machine of every level, in the order of decoding."""
+    rows, columns = shape
     for first in range(0, columns, lanes):
         machines = [_State(states) for _ in range(min(lanes, columns - first))]
         for i in range(rows):
@@ -225,18 +230,20 @@ def _class_of(row: int, column: int) -> int:
 
 
 def rans_encode(
-    levels: Integers, row_class: Integers, column_class: Integers, shape: NDArray[np.uint8], states: int, lanes: int,
-    segment: int,
-) -> bytes:  # fmt: skip
+    levels: Integers, row_class: Integers, column_class: Integers, shape: Symbols, states: int, lanes: int, segment: int
+) -> bytes:
     """Levels to bytes."""
-    rows, columns = levels.shape
-    values = levels.tolist()
     steps: list[tuple[int, int, int, int]] = []  # lane, start, frequency, precision, in the order of decoding
-    for i, column, lane, machine in _walk(rows, columns, lanes, states, segment):
-        k = machine.index(values[i][column])
+    for i, column, lane, machine in _walk(levels.shape, lanes, states, segment):
+        k = machine.index(int(levels[i, column]))
         cls = _class_of(int(row_class[i]), int(column_class[column]))
         steps += _symbol(lane, k, cls, frequencies(cls, machine.quantizer, shape))
         machine.move(k)
+    return _words(steps, lanes)
+
+
+def _words(steps: list[tuple[int, int, int, int]], lanes: int) -> bytes:
+    """What codes the steps, which are given in the order of decoding."""
     words: list[int] = []
     x = [_LOWER] * lanes
     for lane, start, frequency, precision in reversed(steps):
@@ -310,23 +317,25 @@ class _Reader:
             count -= part
         return value
 
+    def finished(self) -> bool:
+        return self.at == len(self.words) and all(x == _LOWER for x in self.x)
+
 
 def rans_decode(
-    words: NDArray[np.uint16], levels: Integers, row_class: Integers, column_class: Integers, shape: NDArray[np.uint8],
+    words: Words, levels: Integers, row_class: Integers, column_class: Integers, shape: Symbols,
     states: int, lanes: int, segment: int,
 ) -> bool:  # fmt: skip
     """Words to levels; False where they are not what an encoder writes."""
-    rows, columns = levels.shape
     try:
         reader = _Reader(words.tolist(), lanes)
-        for i, column, lane, machine in _walk(rows, columns, lanes, states, segment):
+        for i, column, lane, machine in _walk(levels.shape, lanes, states, segment):
             cls = _class_of(int(row_class[i]), int(column_class[column]))
             k = _read(reader, lane, cls, frequencies(cls, machine.quantizer, shape))
             levels[i, column] = machine.level(k)
             machine.move(k)
     except _Broken:
         return False
-    return reader.at == len(reader.words) and all(x == _LOWER for x in reader.x)
+    return reader.finished()
 
 
 def _read(reader: _Reader, lane: int, cls: int, table: list[int]) -> int:
@@ -344,13 +353,31 @@ def _read(reader: _Reader, lane: int, cls: int, table: list[int]) -> int:
     return k
 
 
+def symbols_encode(symbols: Symbols, row_class: Integers, frequencies: Words, lanes: int) -> bytes:
+    """Symbols to bytes."""
+    starts = np.cumsum(frequencies, 1) - frequencies
+    order = [(lane, (row_class[i], symbols[i, j])) for i, j, lane, _ in _walk(symbols.shape, lanes, 1, 1)]
+    return _words([(lane, int(starts[at]), int(frequencies[at]), _PRECISION) for lane, at in order], lanes)
+
+
+def symbols_decode(words: Words, symbols: Symbols, row_class: Integers, frequencies: Words, lanes: int) -> bool:
+    """Words to symbols; False where they are not what an encoder writes."""
+    tables = frequencies.tolist()
+    try:
+        reader = _Reader(words.tolist(), lanes)
+        for i, column, lane, _ in _walk(symbols.shape, lanes, 1, 1):
+            symbols[i, column] = reader.symbol(lane, tables[row_class[i]])
+    except _Broken:
+        return False
+    return reader.finished()
+
+
 def histogram(
     levels: Integers, counts: NDArray[np.int64], row_class: Integers, column_class: Integers, states: int, segment: int
 ) -> None:
     """How often each size of k occurs by class and quantizer."""
-    columns = levels.shape[1]
     h0, h1 = MACHINES[4 if states == 1 else states]
-    state = np.zeros(columns, np.int64)
+    state = np.zeros(levels.shape[1], np.int64)
     counts[:] = 0
     for i, level in enumerate(levels.astype(np.int64)):
         if i % segment == 0:

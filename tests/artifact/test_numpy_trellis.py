@@ -146,7 +146,7 @@ def test_any_stream_decodes_alike(
         places=7 + 9 * (seed % 2),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trellis_stream, "_lanes", lambda rows, columns: lanes)
+        patch.setattr(trellis_stream, "lane_count", lambda rows, columns: lanes)
         compare(replace(payload, tensors={"stream": trellis_stream.write(changed)}))
 
 

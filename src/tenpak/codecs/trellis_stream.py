@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from tenpak.codecs.streams import ByteReader, damaged, lane_count, varint
 from tenpak.errors import InvalidPayloadError
 from tenpak.kernels import core
 from tenpak.kernels.parallel import each
@@ -98,7 +99,7 @@ def representable(coded: Coded) -> bool:
 def write(coded: Coded) -> Tensor:
     """The stream, uint8 ``[bytes]``."""
     rows, columns = coded.levels.shape
-    lanes = _lanes(rows, columns)
+    lanes = lane_count(rows, columns)
     shape = torch.tensor(coded.shape, dtype=torch.uint8)
     vectors = [getattr(coded, name) for name in _VECTORS if len(getattr(coded, name))]
     # Where a weight is large its levels are, whatever its step: what is left of a class beside its power is smaller.
@@ -113,7 +114,7 @@ def write(coded: Coded) -> Tensor:
     parts = each(encode, _stripes(rows, columns))
     places = bytes([coded.places]) if len(vectors) > 4 else b""
     head = struct.pack("<BB4B", lanes, len(vectors), *coded.shape) + places + table
-    head += b"".join(map(_varint, [len(side) // 2, *(len(part) // 2 for part in parts)]))
+    head += b"".join(map(varint, [len(side) // 2, *(len(part) // 2 for part in parts)]))
     return torch.cat([torch.frombuffer(bytearray(head), dtype=torch.uint8), side, *parts])
 
 
@@ -126,7 +127,7 @@ def read(stream: Tensor, shape: tuple[int, int], step: float, states: int) -> Co
     rows, columns = shape
     if not 0 < rows * columns <= len(stream) * _MOST_LEVELS or rows < 0:
         raise _damaged(f"it cannot hold a weight [{rows}, {columns}]")
-    data = _Bytes(stream)
+    data = ByteReader("trellis/1", stream)
     lanes, count, zero0, zero1, one1, tail = data.take(6).tolist()
     if not 1 <= lanes <= 32 or count not in (4, 6):
         raise _damaged("its header")
@@ -192,14 +193,6 @@ def _narrowest(levels: Tensor) -> torch.dtype:
     return torch.int8 if most < 128 else torch.int16 if most < 32768 else torch.int32
 
 
-def _lanes(rows: int, columns: int) -> int:
-    """Columns coded side by side: more are faster to decode, and each costs two bytes."""
-    lanes = 1
-    while lanes < 32 and 2 * lanes <= columns and rows * columns >= 8192 * lanes:
-        lanes *= 2
-    return lanes
-
-
 def _stripes(rows: int, columns: int) -> list[tuple[int, int]]:
     """Columns that are coded in one part."""
     width = max(-(-_STRIPE // rows) // 32, 1) * 32
@@ -231,40 +224,5 @@ def _read_side(data: Tensor, sizes: list[int], ranges: list[tuple[int, int]]) ->
     return [v + mean for v, (mean, _) in zip(parts, ranges, strict=True)]
 
 
-def _varint(value: int) -> bytes:
-    """Seven bits a byte, the lowest first; the highest bit says that more follow."""
-    found = bytearray()
-    while value >= 128:
-        found.append(value & 127 | 128)
-        value >>= 7
-    found.append(value)
-    return bytes(found)
-
-
 def _damaged(what: str) -> InvalidPayloadError:
-    return InvalidPayloadError(
-        f"the stream of a trellis/1 payload is damaged: {what}",
-        hint="obtain the artifact again, or compress the model again",
-    )
-
-
-class _Bytes:
-    """A stream that is read from its beginning."""
-
-    def __init__(self, stream: Tensor) -> None:
-        self.stream, self.at = stream, 0
-
-    def take(self, count: int) -> Tensor:
-        if count > len(self.stream) - self.at:
-            raise _damaged("it ends too early")
-        self.at += count
-        return self.stream[self.at - count : self.at]
-
-    def varint(self) -> int:
-        value = 0
-        for place in range(5):
-            byte = int(self.take(1))
-            value |= (byte & 127) << (7 * place)
-            if byte < 128:
-                return value
-        raise _damaged("a length")
+    return damaged("trellis/1", what)

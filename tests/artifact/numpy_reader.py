@@ -1,7 +1,8 @@
 """An independent reader of artifacts, written from docs/format.md: numpy and the standard library only.
 
 ``Reader(folder).decode(name)`` gives a compressed tensor as FP32, ``dense(name)`` one that is stored as it was.
-It checks what the format says a reader checks. It is slow and plain on purpose. numpy_trellis.py is a part of it.
+It checks what the format says a reader checks. It is slow and plain on purpose. numpy_trellis.py and
+numpy_entropycoded.py are parts of it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy_entropycoded
 import numpy_trellis
 
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2,
@@ -112,8 +114,13 @@ def read_header(file: Path) -> dict[str, tuple[str, list[int], Path, int, int]]:
 def array(data: bytes, dtype: str, shape: list[int]) -> np.ndarray:
     """Little-endian, row-major bytes as an array; BF16 is the upper half of an FP32."""
     if dtype == "BF16":
-        return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32).reshape(shape)
+        return widened(np.frombuffer(data, "<u2")).reshape(shape)
     return np.frombuffer(data, NUMPY[dtype]).reshape(shape)
+
+
+def widened(field: np.ndarray) -> np.ndarray:
+    """The bits of BF16 as FP32, anything else as it is."""
+    return (field.astype(np.uint32) << 16).view(np.float32) if field.dtype == np.dtype("<u2") else field
 
 
 def decode_matrix(codec: dict[str, Any], fields: dict[str, np.ndarray], rows: int, columns: int) -> np.ndarray:
@@ -133,6 +140,9 @@ def decode_matrix(codec: dict[str, Any], fields: dict[str, np.ndarray], rows: in
         return rotate_back(decode_matrix(codec["inner"], fields, rows, columns), codec["seed"])
     if codec["id"] == "trellis/1":
         return numpy_trellis.decode(codec, fields["stream"].tobytes(), rows, columns)
+    if codec["id"] == "entropycoded/1":
+        inner = numpy_entropycoded.fields(codec["inner"], fields["stream"].tobytes(), rows, columns)
+        return decode_matrix(codec["inner"], {name: widened(field) for name, field in inner.items()}, rows, columns)
     bits = codec["bits"]
     codes = unpack(fields["codes"], bits, columns)
     size = columns if codec["group"] is None else codec["group"]

@@ -19,6 +19,16 @@ import tenpak
 from tenpak.artifact.reader import open_artifact
 from tenpak.artifact.writer import ArtifactWriter
 from tenpak.codecs import registry
+from tenpak.codecs.entropycoded import EntropyCoded
+from tenpak.recipes import format, parse
+
+
+def entropy_coded(recipe: str) -> str:
+    """The recipe with its payload coded."""
+    inner = parse(recipe)
+    assert inner is not None
+    return format(EntropyCoded(inner))
+
 
 RECIPES = (
     *(f"int{bits}:g32" for bits in range(2, 9)),
@@ -31,9 +41,11 @@ RECIPES = (
     *("awq-int4:g16", "awq-nf3:g8:learned:exp=1.0", "spin-int3:g32", "spin-int8:row:seed=5"),
     *("awq-spin-gptq-int4:g32:exp=0.3", "spin-awq-int2:g8:exp=0.5+spin-int2:g8:seed=4294967295"),
     *("trellis:0.3:datafree", "trellis:0.02:datafree:states=8", "trellis:1e-4:datafree", "trellis:3e-6:datafree"),
+    *map(entropy_coded, ("int4:g32", "int8:row:sym", "nf3:g8:learned", "int2:g8+nf3:row:learned", "awq-spin-int5:g8")),
+    *map(entropy_coded, ("fp32", "bf16", "fp16", "int7:row:asym", "int6:g9")),
     *("trellis:0.01:datafree:states=1", "trellis:0.005", "trellis:0.02:states=8:rate=0.0", "trellis:1e-4:states=1"),
 )
-ODD = ((1, 1), (1, 8), (3, 7), (5, 33), (7, 64), (2, 257))
+ODD = ((1, 1), (1, 8), (3, 7), (5, 33), (7, 64), (2, 257), (40, 96))
 
 
 def compare(folder: Path) -> int:
@@ -58,14 +70,14 @@ def write(folder: Path, weights: dict[str, tuple[tuple[int, ...], str]], **optio
         return writer.publish(blank_manifest(), {})
 
 
-@pytest.mark.parametrize("file", ["numpy_reader.py", "numpy_trellis.py"])
+@pytest.mark.parametrize("file", ["numpy_reader.py", "numpy_trellis.py", "numpy_entropycoded.py"])
 def test_reader_is_independent(file: str) -> None:
     source = (Path(__file__).parent / file).read_text(encoding="utf-8")
     nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)]
     modules = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
     modules |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
     standard = {"__future__", "functools", "hashlib", "io", "json", "math", "pathlib", "struct", "typing"}
-    assert modules <= {*standard, "numpy", "numpy_trellis"}
+    assert modules <= {*standard, "numpy", "numpy_trellis", "numpy_entropycoded"}
 
 
 @pytest.mark.parametrize("shape", ODD, ids=str)
@@ -75,8 +87,6 @@ def test_every_codec_on_odd_shapes(shape: tuple[int, int], tmp_path: Path) -> No
 
 
 def test_the_list_names_every_codec() -> None:
-    from tenpak.recipes import parse
-
     codecs = [codec for codec in map(parse, RECIPES) if codec is not None]
     assert {codec.id for codec in codecs} == set(registry.ids())
 

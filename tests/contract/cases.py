@@ -83,6 +83,12 @@ def _rotated(case: Case, seed: int) -> Case:
     return Case(f"{case.name}-{seed}", config, case.rms, case.portable, case.calibrated, constants=False)
 
 
+def _entropycoded(case: Case) -> Case:
+    """The case with its payload coded: what it decodes to is the same."""
+    config = {"id": "entropycoded/1", "inner": case.config}
+    return Case(case.name, config, case.rms, case.portable, case.calibrated, case.constants)
+
+
 def _trellis(step: float, states: int, calibrated: bool, **options: float) -> Case:
     """Calibrated the weight's error is larger: inputs of little power carry more of it."""
     config = {"id": "trellis/1", "step": step, "states": states, "calibrated": calibrated}
@@ -110,6 +116,14 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("float32", {"id": "dense/1", "dtype": "float32"}, 0.0),
         Case("bfloat16", {"id": "dense/1", "dtype": "bfloat16"}, 2**-8),
         Case("float16", {"id": "dense/1", "dtype": "float16"}, 2**-11),
+    ),
+    "entropycoded/1": (
+        _entropycoded(_uniform("int4-g32", 4, 32)),
+        _entropycoded(_uniform("int8-row-sym", 8, None, symmetric=True)),
+        _entropycoded(_gptq(_uniform("int3-g9-sym", 3, 9, symmetric=True), order="activation", sweeps=1)),
+        _entropycoded(_normalfloat("nf2-g8-learned", 2, 8, "learned", 0.52)),
+        _entropycoded(_channelscaled(_rotated(_SUM, 1), 0.5)),
+        _entropycoded(Case("bfloat16", {"id": "dense/1", "dtype": "bfloat16"}, 2**-8)),
     ),
     "normalfloat/1": (
         _normalfloat("nf2-g8", 2, 8, "normal", 0.52),

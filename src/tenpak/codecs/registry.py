@@ -28,6 +28,7 @@ ENTRY_POINT_GROUP = "tenpak.codecs"
 _BUILTIN = (
     ("channelscaled/1", "tenpak.codecs.channelscaled:ChannelScaled"),
     ("dense/1", "tenpak.codecs.dense:Dense"),
+    ("entropycoded/1", "tenpak.codecs.entropycoded:EntropyCoded"),
     ("normalfloat/1", "tenpak.codecs.normalfloat:NormalFloat"),
     ("residual/1", "tenpak.codecs.residual:Residual"),
     ("rotated/1", "tenpak.codecs.rotated:Rotated"),

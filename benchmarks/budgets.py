@@ -36,12 +36,14 @@ def runs() -> Iterator[tuple[str, str, tuple[str, ...], Path, Path, Path]]:
     for case, (model, calibration, text) in cases().items():
         for budget in BUDGETS:
             yield case, budget, ("--target", budget), model, calibration, text
+        if case != HEADLINE:
+            yield case, "10x, not tuned", ("--target", "10x", "--tune", "0"), model, calibration, text
         if web.is_file() and case != HEADLINE:
             yield case, "10x, calibrated on web text", ("--target", "10x"), model, web, text
 
 
 def run_rivals() -> dict[str, Any]:
-    """GPTQ, with later blocks corrected for earlier ones and without, and the budget of exactly its bytes."""
+    """GPTQ, with later blocks corrected for earlier ones and without, and its bytes as a budget, without tuning."""
     chosen = {case: paths for case, paths in cases().items() if case.endswith("stories")}
     tasks = [(case, rival) for case in chosen for rival in RIVALS]
 
@@ -49,7 +51,7 @@ def run_rivals() -> dict[str, Any]:
         paths = chosen[task[0]]
         found = {name: measure(("--recipe", task[1], *more), *paths) for name, more in WAYS.items()}
         budget = f"{found['propagation']['bytes']}B"
-        return {**found, "trellis": measure(("--max-bytes", budget), *paths)}
+        return {**found, "trellis": measure(("--max-bytes", budget, "--tune", "0"), *paths)}
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         rows = list(pool.map(against, tasks))
@@ -68,4 +70,5 @@ def measure(options: tuple[str, ...], model: Path, calibration: Path, text: Path
         found = tenpak("evaluate", out, "--against", model, "--text", text, "--window", str(WINDOW))
     print(f"{model.name}: {' '.join(options)}: {found['ratio_fp32']:.3f}x, KL {found['kl']:.5f}", file=sys.stderr)
     kept = {key: report[key] for key in ("recipe", "search", "seconds", "codecs")}
+    kept |= {"tuning": report["calibration"].get("tuning")}
     return {**kept, "calibration": calibration.name, **found}

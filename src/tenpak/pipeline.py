@@ -35,7 +35,7 @@ from tenpak.checkpoint.source import fingerprint, tensor_sha256
 from tenpak.dial import Search, dial, dialled_job, report_of
 from tenpak.errors import ArtifactError, BudgetError, CalibrationError, CodecError, EvaluationError
 from tenpak.job import Job, open_job
-from tenpak.publishing import licence_of, publish, record, versions
+from tenpak.publishing import publish, record, versions
 from tenpak.recovery import DEFAULT_STEPS, memory
 from tenpak.report.report import Report, measured
 from tenpak.task import Progress, Propagation, Task, encode_all, prepare
@@ -140,18 +140,15 @@ def compress(
         root = stack.enter_context(Work(_work_folder(work, out, run), run))
         stack.enter_context(_kept(root))
         measure = partial(_measured_pass, root.folder / "passes" / "artifact", evaluation, spent)
-        found = Search(task, root, measure, steps, max_shard_bytes, progress)
-        task, units, search = _encoded(found, spent, stack)
+        task, units, search = _encoded(Search(task, root, measure, steps, max_shard_bytes, progress), spent, stack)
         publish(task, units, ArtifactWriter(out, overwrite=overwrite, max_shard_bytes=max_shard_bytes))
         root.remove()
     remove_unused(out.parent, f".{glob.escape(out.name)}.work-*")  # of runs that were to make another artifact here
     report = measured(out, job.checkpoint.bytes, seconds=time.perf_counter() - started, reused=len(units.reused))
-    report = report.with_search(search)
-    licence = licence_of(job.checkpoint)
-    record(out, report, licence)  # measuring may fail or be interrupted
+    report = record(out, report.with_search(search), job.checkpoint)  # measuring may fail or be interrupted
     if evaluation is None:
         return report
-    return record(out, report.with_quality(_evaluate(out, task, evaluation)), licence)
+    return record(out, report.with_quality(_evaluate(out, task, evaluation)), job.checkpoint)
 
 
 def _work_folder(work: str | Path | None, out: Path, run: dict[str, Any]) -> Path:

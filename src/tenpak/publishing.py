@@ -31,7 +31,7 @@ from tenpak.report.report import Report
 from tenpak.task import Task, coverage, numbered
 from tenpak.work import Work
 
-__all__ = ["licence_of", "publish", "record", "versions"]
+__all__ = ["publish", "record", "versions"]
 
 # Files of a model folder that an artifact keeps as they are: tokenizer, chat template, generation config, licence.
 _KEPT_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
@@ -45,7 +45,7 @@ def publish(task: Task, units: Work, output: ArtifactWriter) -> None:
         writer.publish(manifest, _config(job), copied=_kept_files(job.checkpoint))
 
 
-def record(out: Path, report: Report, licence: str | None) -> Report:
+def record(out: Path, report: Report, source: Checkpoint) -> Report:
     """Write the report, the card and, where measured, the quality in the manifest; each file atomically."""
     manifest = load_manifest(out / MANIFEST_NAME)
     if report.quality is not None:
@@ -62,7 +62,7 @@ def record(out: Path, report: Report, licence: str | None) -> Report:
     }
     text = json.dumps({**report.to_json(), "environment": environment, "versions": manifest.versions}, indent=2)
     replace_file(out / REPORT_NAME, (text + "\n").encode())
-    replace_file(out / CARD_NAME, model_card(report, manifest, licence).encode())
+    replace_file(out / CARD_NAME, model_card(report, manifest, _licence(source)).encode())
     return report
 
 
@@ -162,7 +162,7 @@ def _kept_files(checkpoint: Checkpoint) -> list[Path]:
     )
 
 
-def licence_of(checkpoint: Checkpoint) -> str | None:
+def _licence(checkpoint: Checkpoint) -> str | None:
     """The ``license:`` line of the source's model card, if there is one."""
     card = checkpoint.folder / CARD_NAME
     lines = card.read_text(encoding="utf-8", errors="replace").splitlines() if card.is_file() else []

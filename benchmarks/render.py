@@ -1,4 +1,4 @@
-"""Fill the tables of README and docs from ``benchmarks/results``.
+"""Fill the tables of README and docs from ``benchmarks/results``, and draw the pictures.
 
     python benchmarks/render.py            rewrite them
     python benchmarks/render.py --check    exit 1 if a table differs from the results
@@ -14,6 +14,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import picture
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -33,6 +35,11 @@ def main() -> None:
             stale.append(page)
             if "--check" not in sys.argv:
                 path.write_text(rendered)
+    drawing, image = ROOT / "docs" / "frontier.svg", picture.frontier(load("frontier"))
+    if not drawing.is_file() or drawing.read_text() != image:
+        stale.append("docs/frontier.svg")
+        if "--check" not in sys.argv:
+            drawing.write_text(image)
     if "--check" in sys.argv and stale:
         sys.exit(f"{', '.join(stale)} differ from benchmarks/results; run python benchmarks/render.py")
     print(f"rewritten: {', '.join(stale) or 'nothing'}")
@@ -249,6 +256,31 @@ def ten() -> str:
     return table(("model, text", "`--target`", "× vs FP32", "bits per weight", "perplexity", "KL"), rows)
 
 
+def ingredients() -> str:
+    """The flagship codec with one thing left out at a time."""
+    result = load("ingredients")
+    base = next(iter(result["rows"].values()))["kl"]
+    return table(
+        (f"at {result['bytes']:,} bytes, {result['model']}", "KL", "of the base's"),
+        ((name, f"{row['kl']:.5f}", f"{row['kl'] / base:.2f}") for name, row in result["rows"].items()),
+    )
+
+
+def frontier() -> str:
+    """KL of every method, by size."""
+    result = load("frontier")
+    rows = sorted((r["bytes"], name, r) for name, points in result["methods"].items() for r in points)
+    parameters = 8 * result["methods"]["trellis"][0]["bytes"] / result["methods"]["trellis"][0]["bpw"]
+
+    def point(r: dict[str, Any]) -> str:
+        return f"`{r['recipe'].partition(':')[0]}`" if "recipe" in r else f"QP {r['qp']}"
+
+    return table(
+        ("bits per weight", "bytes", "method", "", "perplexity", "KL"),
+        ((f"{8 * size / parameters:.2f}", f"{size:,}", name, point(r), *loss(r)) for size, name, r in rows),
+    )
+
+
 def gaussian() -> str:
     """Independent normal weights."""
     rows = load("trellis")["gaussian"]["bits"].values()
@@ -285,6 +317,8 @@ def machine() -> str:
         "trellis",
         "budgets",
         "rivals",
+        "frontier",
+        "ingredients",
     ):
         env = load(name)["environment"]
         versions = ", ".join(f"{package} {number}" for package, number in env["versions"].items())
@@ -312,6 +346,8 @@ TABLES = {
     "budgets": budgets,
     "rivals": rivals,
     "ten": ten,
+    "ingredients": ingredients,
+    "frontier": frontier,
     "gaussian": gaussian,
     "pace": pace,
     "ablation": ablation,

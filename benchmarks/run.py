@@ -1,7 +1,8 @@
 """`make bench`: run the benchmarks (all, or those named) and write ``benchmarks/results/<name>.json``.
 
     python benchmarks/run.py [speed] [footprint] [large] [quality] [feedback] [ablation] [trellis] [budgets] [rivals]
-    python benchmarks/run.py peers              by name only: installs another library, takes half an hour
+                             [ingredients]
+    python benchmarks/run.py peers | frontier   by name only: they install another library
 
 Then ``python benchmarks/render.py`` renders the tables that README and docs show.
 """
@@ -14,6 +15,7 @@ import ablation
 import budgets
 import feedback
 import footprint
+import frontier
 import large
 import peers
 import quality
@@ -31,8 +33,9 @@ BENCHMARKS = {
     "trellis": trellis.run,
     "budgets": budgets.run,
     "rivals": budgets.run_rivals,
+    "ingredients": frontier.run_ingredients,
 }
-BY_NAME_ONLY = {"peers": peers.run}
+BY_NAME_ONLY = {"peers": peers.run, "frontier": frontier.run}
 
 
 def main() -> None:

@@ -95,6 +95,7 @@ def compress(
         "recipe": recipe,
         "budget": budget,
         "overrides": tuple(overrides or ()),
+        "calibration": calibration,
         "calibration_tokens": calibration_tokens,
         "propagation": propagation,
         "tuning": tune,
@@ -108,7 +109,7 @@ def compress(
     if out is None:
         raise typer.BadParameter("give -o OUT, the folder to write (or --dry-run)")
     text = _evaluation_text(model, revision, evaluation)
-    options |= {"calibration": calibration, "calibration_window": window, "statistics": statistics, "work": work}
+    options |= {"calibration_window": window, "statistics": statistics, "work": work}
     with progress_bar("weights") as update:
         report = run(model, out, evaluation=text, seed=seed, overwrite=overwrite, progress=update, **options)
     _show_report(report.to_json(), as_json, unmeasured=text is None and evaluation is None)

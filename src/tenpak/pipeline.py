@@ -1,6 +1,6 @@
 """The straight line: checkpoint → plan → encode → artifact → evaluate → report.
 
-A few tensors are in memory at a time, never a model. The evaluation runs in a fresh process, on the files that were
+A few tensors are in memory at a time, never a model, except for tuning. The evaluation runs in a fresh process, on the files that were
 written.
 """
 

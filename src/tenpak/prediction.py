@@ -67,6 +67,7 @@ def predict(
     recipe: str | None = None,
     budget: str | None = None,
     overrides: Sequence[str] = (),
+    calibration: str | Path | None = None,
     calibration_tokens: int = DEFAULT_TOKENS,
     propagation: str = "original",
     tuning: int | None = None,
@@ -81,14 +82,14 @@ def predict(
     job = open_job(source, recipe, overrides, revision=revision, trust_remote_code=trust_remote_code)
     spent = None if budget is None else Budget.parse(budget)
     if spent is not None:
-        job = dialled_job(job, 1.0, calibrated=True)
+        job = dialled_job(job, 1.0, calibrated=calibration != "none")
     entries = [e for e in job.plan.entries if e.weight.tied_to is None]
     known = [e.codec.estimate_bits(e.weight.matrix_shape) for e in entries if e.codec is not None]
     rows = stored_rows(job.plan, _payload_bits)
     total = predicted_bytes(rows, max_shard_bytes)
     if spent is not None and spent.is_size:
         total = spent.bytes(job.plan.parameters)
-    steps = tuning if tuning is not None else DEFAULT_STEPS * (spent is not None)
+    steps = tuning if tuning is not None else DEFAULT_STEPS * (spent is not None and calibration != "none")
     vocabulary = int(job.config.get_text_config().vocab_size)
     largest = max((e.weight.numel * DTYPE_BYTES[e.weight.dtype] for e in entries), default=0)
     payload = max((row[3] for row in rows), default=0)

@@ -69,7 +69,8 @@ class Trellis(Codec):
     """Entropy-coded trellis quantization.
 
     Attributes:
-        step: what a step costs, absolute: the loss is about step²/10 nats per token and weight; 1e-12 to 1e6.
+        step: what a step costs, absolute: the loss is about step²/10 nats per token and weight (step²/24 with one state);
+            1e-12 to 1e6.
         states: of the trellis: 1 (a uniform quantizer), 4, 8, 16, 32, 64, 128 or 256. More are better and slower.
         calibrated: use Hessian and output curvature; otherwise all inputs and outputs count the same.
         rate_weight: cost of a bit in squared steps, for the choice of levels, 0 to 2.
@@ -125,7 +126,7 @@ class Trellis(Codec):
         with one_thread():  # also what follows outside of tiles: sums of several threads depend on their number
             earlier, pivots = _feedback(known, target.shape[1], self.damping)
             importance = _row_importance(known, len(target))
-            if known is not None and known.count == 0:  # nothing is known of this one: about four bits
+            if known is not None and known.count == 0:  # nothing is known of this one: about three bits
                 importance *= (self.step / max(_STEP_IN_THE_DARK * float(target.square().mean().sqrt()), 1e-30)) ** 2
             coded = self._start(target, importance, pivots)
         for _ in range(_PASSES):

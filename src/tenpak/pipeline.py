@@ -1,7 +1,7 @@
 """The straight line: checkpoint → plan → encode → artifact → evaluate → report.
 
-A few tensors are in memory at a time, never a model, except for tuning. The evaluation runs in a fresh process, on the files that were
-written.
+A few tensors are in memory at a time, never a model, except for tuning. The evaluation runs in a fresh process, on the
+files that were written.
 """
 
 from __future__ import annotations

@@ -69,8 +69,8 @@ class Trellis(Codec):
     """Entropy-coded trellis quantization.
 
     Attributes:
-        step: what a step costs, absolute: the loss is about step²/10 nats per token and weight (step²/24 with one state);
-            1e-12 to 1e6.
+        step: what a step costs, absolute: the loss is about step²/10 nats per token and weight, step²/24 with one
+            state; 1e-12 to 1e6.
         states: of the trellis: 1 (a uniform quantizer), 4, 8, 16, 32, 64, 128 or 256. More are better and slower.
         calibrated: use Hessian and output curvature; otherwise all inputs and outputs count the same.
         rate_weight: cost of a bit in squared steps, for the choice of levels, 0 to 2.

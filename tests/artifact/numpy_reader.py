@@ -143,6 +143,10 @@ def decode_matrix(codec: dict[str, Any], fields: dict[str, np.ndarray], rows: in
     if codec["id"] == "entropycoded/1":
         inner = numpy_entropycoded.fields(codec["inner"], fields["stream"].tobytes(), rows, columns)
         return decode_matrix(codec["inner"], {name: widened(field) for name, field in inner.items()}, rows, columns)
+    if codec["id"] == "sparse24/1":
+        kept = {name[7:]: field for name, field in fields.items() if name.startswith("values_")}
+        values = decode_matrix(codec["values"], kept, rows, 2 * (columns // 4) + min(2, columns % 4))
+        return spread(values, fields["pairs"], columns)
     bits = codec["bits"]
     codes = unpack(fields["codes"], bits, columns)
     size = columns if codec["group"] is None else codec["group"]
@@ -162,6 +166,19 @@ def unpack(packed: np.ndarray, bits: int, columns: int) -> np.ndarray:
     """Codes ``[rows, columns]`` of packed rows: a stream of bits per row, least significant first."""
     stream = np.unpackbits(packed, axis=1, bitorder="little")[:, : columns * bits]
     return stream.reshape(len(packed), columns, bits) @ (1 << np.arange(bits))
+
+
+def spread(values: np.ndarray, packed: np.ndarray, columns: int) -> np.ndarray:
+    """Kept values at their places: pairs are digits in base six, seventeen in each 44 bits of a row."""
+    weight = np.zeros((len(values), columns), dtype=np.float32)
+    for row, raw in enumerate(packed):
+        stream = int.from_bytes(raw.tobytes(), "little")
+        for block in range(-(-columns // 4)):
+            word = stream >> (44 * (block // 17)) & (2**44 - 1)
+            pair = ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3))[word // 6 ** (block % 17) % 6]
+            for value, place in zip(values[row, 2 * block : 2 * block + 2], pair, strict=False):
+                weight[row, 4 * block + place] = value
+    return weight
 
 
 def rotate_back(weight: np.ndarray, seed: int) -> np.ndarray:

@@ -30,6 +30,7 @@ def entropy_coded(recipe: str) -> str:
     return format(EntropyCoded(inner))
 
 
+SPARSE = '{"id":"sparse24/1","values":%s}'
 RECIPES = (
     *(f"int{bits}:g32" for bits in range(2, 9)),
     *(f"int{bits}:row:sym" for bits in (2, 3, 5, 8)),
@@ -44,6 +45,7 @@ RECIPES = (
     *map(entropy_coded, ("int4:g32", "int8:row:sym", "nf3:g8:learned", "int2:g8+nf3:row:learned", "awq-spin-int5:g8")),
     *map(entropy_coded, ("fp32", "bf16", "fp16", "int7:row:asym", "int6:g9")),
     *("trellis:0.01:datafree:states=1", "trellis:0.005", "trellis:0.02:states=8:rate=0.0", "trellis:1e-4:states=1"),
+    *(SPARSE % '{"id":"uniform/1","bits":4}', SPARSE % '{"id":"dense/1","dtype":"float16"}'),
 )
 ODD = ((1, 1), (1, 8), (3, 7), (5, 33), (7, 64), (2, 257), (40, 96))
 

@@ -89,6 +89,15 @@ def _entropycoded(case: Case) -> Case:
     return Case(case.name, config, case.rms, case.portable, case.calibrated, case.constants)
 
 
+def _sparse24(values: Case, importance: str, sweeps: int = 4) -> Case:
+    """Two of four normal weights hold 0.868 of their squares; compensated, the weight itself is further off."""
+    config = {"id": "sparse24/1", "values": values.config, "importance": importance, "damping": 0.01, "sweeps": sweeps}
+    calibrated = importance != "magnitude"
+    rms = 0.5 + values.rms if importance == "sparsegpt" else 0.39 + values.rms
+    portable = values.portable and not calibrated
+    return Case(f"{values.name}-{importance}-{sweeps}", config, rms, portable, calibrated, constants=False)
+
+
 def _trellis(step: float, states: int, calibrated: bool, **options: float) -> Case:
     """Calibrated the weight's error is larger: inputs of little power carry more of it."""
     config = {"id": "trellis/1", "step": step, "states": states, "calibrated": calibrated}
@@ -103,6 +112,7 @@ _INT2 = {**_INT4, "bits": 2}
 _GPTQ = {"name": "gptq", "damping": 0.01, "order": "natural", "sweeps": 0}
 _NF4 = {"id": "normalfloat/1", "bits": 4, "group": 16, "levels": "learned"}
 
+_FP16 = Case("float16", {"id": "dense/1", "dtype": "float16"}, 2**-11)
 _SUM = Case("int4+int2", {"id": "residual/1", "base": _INT4, "rest": _INT2}, 0.027)
 
 CASES: dict[str, tuple[Case, ...]] = {
@@ -115,7 +125,7 @@ CASES: dict[str, tuple[Case, ...]] = {
     "dense/1": (
         Case("float32", {"id": "dense/1", "dtype": "float32"}, 0.0),
         Case("bfloat16", {"id": "dense/1", "dtype": "bfloat16"}, 2**-8),
-        Case("float16", {"id": "dense/1", "dtype": "float16"}, 2**-11),
+        _FP16,
     ),
     "entropycoded/1": (
         _entropycoded(_uniform("int4-g32", 4, 32)),
@@ -153,6 +163,15 @@ CASES: dict[str, tuple[Case, ...]] = {
         _rotated(_normalfloat("nf3-g64", 3, 64, "normal", 0.22), 7),
         _rotated(_gptq(_uniform("int4-g128", 4, 128)), 1),
         _rotated(_channelscaled(_rotated(_uniform("int5-row", 5, None), 2), 0.5), 3),
+    ),
+    "sparse24/1": (
+        _sparse24(_FP16, "magnitude"),
+        _sparse24(_uniform("int4-g32", 4, 32), "wanda"),
+        _sparse24(_FP16, "sparsegpt"),
+        _sparse24(_uniform("int8-row-sym", 8, None, symmetric=True), "sparsegpt", sweeps=0),
+        _sparse24(_uniform("int3-g9", 3, 9), "sparsegpt"),
+        _sparse24(_normalfloat("nf4-g64-learned", 4, 64, "learned", 0.12), "sparsegpt", sweeps=1),
+        _sparse24(_SUM, "magnitude"),
     ),
     "trellis/1": (
         _trellis(0.012, 1, calibrated=False),

@@ -32,6 +32,7 @@ _BUILTIN = (
     ("normalfloat/1", "tenpak.codecs.normalfloat:NormalFloat"),
     ("residual/1", "tenpak.codecs.residual:Residual"),
     ("rotated/1", "tenpak.codecs.rotated:Rotated"),
+    ("sparse24/1", "tenpak.codecs.sparse24:Sparse24"),
     ("trellis/1", "tenpak.codecs.trellis:Trellis"),
     ("uniform/1", "tenpak.codecs.uniform:Uniform"),
 )

@@ -26,7 +26,7 @@ class Case:
     machine's vectors: searches and learned levels. Decoding is exact everywhere. ``calibrated`` cases need statistics
     to encode; ``encode`` gives them some. ``constants`` is False where
     a constant row does not stay one on its way to the grid. ``absolute`` is True where the size of the error is set in
-    units of the loss, whatever the size of the weight.
+    units of the loss, whatever the size of the weight. ``apart`` is False where rows are encoded together.
     """
 
     name: str
@@ -36,6 +36,7 @@ class Case:
     calibrated: bool = False
     constants: bool = True
     absolute: bool = False
+    apart: bool = True
 
     @property
     def codec(self) -> Codec:
@@ -98,6 +99,15 @@ def _sparse24(values: Case, importance: str, sweeps: int = 4) -> Case:
     return Case(f"{values.name}-{importance}-{sweeps}", config, rms, portable, calibrated, constants=False)
 
 
+def _pattern(size: int, learned: int, terms: int, rms: float, scales: Case, **options: Any) -> Case:
+    """Normal weights have no structure to find: at least one weight of a block is kept, and little more."""
+    config = {"id": "pattern/1", "size": size, "learned": learned, "base": None, "terms": terms}
+    config |= {"scales": scales.config, "calibrated": False, "seed": 0, **options}
+    name = "-".join([f"{size}x{size}", f"{learned}", f"{terms}", scales.name, *map(str, options.values())])
+    calibrated = bool(options.get("calibrated"))
+    return Case(name, config, rms, portable=False, calibrated=calibrated, constants=terms == 1, apart=False)
+
+
 def _trellis(step: float, states: int, calibrated: bool, **options: float) -> Case:
     """Calibrated the weight's error is larger: inputs of little power carry more of it."""
     config = {"id": "trellis/1", "step": step, "states": states, "calibrated": calibrated}
@@ -141,6 +151,13 @@ CASES: dict[str, tuple[Case, ...]] = {
         _normalfloat("nf4-g64", 4, 64, "normal", 0.12),
         _normalfloat("nf4-row-learned", 4, None, "learned", 0.12),
         _gptq(_normalfloat("nf4-g64-learned", 4, 64, "learned", 0.12)),
+    ),
+    "pattern/1": (
+        _pattern(4, 0, 1, 0.9, _FP16),
+        _pattern(4, 20, 1, 0.85, _FP16, seed=3),
+        _pattern(2, 16, 2, 0.4, _uniform("int8-row-sym", 8, None, symmetric=True)),
+        _pattern(8, 4, 3, 0.92, _FP16, base=100, calibrated=True),
+        _pattern(5, 300, 2, 0.8, _FP16, base=0),
     ),
     "residual/1": (
         _SUM,

@@ -134,6 +134,8 @@ def test_rows_do_not_depend_on_the_other_rows(case: Case) -> None:
     """Tiles leave no trace: two halves encode like the whole (codecs with a table per tensor aside)."""
     if any("levels" in name for name in case.encode(normal(2, 8)).tensors):
         pytest.skip("levels are learned from the whole weight")
+    if not case.apart:
+        pytest.skip("rows are encoded together")
     if case.codec.fields((2, 8)) is None:
         pytest.skip("what a level costs, which its choice depends on, is fitted to the whole weight")
     if case.calibrated:
@@ -176,7 +178,8 @@ def test_huge_outliers_and_denormals_stay_finite(case: Case) -> None:
     # The outlier is an end of the grid, kept to its step; at 2 bits and with a coarse table that is a half.
     assert decoded[0, 3] == pytest.approx(6e4, rel=0.5)
     assert decoded[1, 60] == pytest.approx(-6e4, rel=0.5)
-    assert decoded[2].abs().max() <= 2**-14
+    if case.apart:
+        assert decoded[2].abs().max() <= 2**-14
 
 
 @pytest.mark.parametrize("case", ALL)
@@ -255,7 +258,8 @@ def test_damaged_payloads_are_refused(case: Case) -> None:
                 codec.decode(broken)
             with pytest.raises(InvalidPayloadError):
                 codec.rows(torch.tensor([0]), codec.prepare(broken))
-    for shape in ((7, 40), (6, 400), (-6, -40), (0, 0), (6 << 40, 40 << 40)):
+    # Where rows are encoded together, one more may lie in a block that is there.
+    for shape in ((7 if case.apart else 40, 40), (6, 400), (-6, -40), (0, 0), (6 << 40, 40 << 40)):
         with pytest.raises(InvalidPayloadError):
             codec.decode(dataclasses.replace(payload, shape=shape))
 

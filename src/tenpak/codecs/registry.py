@@ -30,6 +30,7 @@ _BUILTIN = (
     ("dense/1", "tenpak.codecs.dense:Dense"),
     ("entropycoded/1", "tenpak.codecs.entropycoded:EntropyCoded"),
     ("normalfloat/1", "tenpak.codecs.normalfloat:NormalFloat"),
+    ("pattern/1", "tenpak.codecs.pattern:Pattern"),
     ("residual/1", "tenpak.codecs.residual:Residual"),
     ("rotated/1", "tenpak.codecs.rotated:Rotated"),
     ("sparse24/1", "tenpak.codecs.sparse24:Sparse24"),

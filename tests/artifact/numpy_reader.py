@@ -147,6 +147,8 @@ def decode_matrix(codec: dict[str, Any], fields: dict[str, np.ndarray], rows: in
         kept = {name[7:]: field for name, field in fields.items() if name.startswith("values_")}
         values = decode_matrix(codec["values"], kept, rows, 2 * (columns // 4) + min(2, columns % 4))
         return spread(values, fields["pairs"], columns)
+    if codec["id"] == "pattern/1":
+        return put_together(codec, fields, rows, columns)
     bits = codec["bits"]
     codes = unpack(fields["codes"], bits, columns)
     size = columns if codec["group"] is None else codec["group"]
@@ -179,6 +181,35 @@ def spread(values: np.ndarray, packed: np.ndarray, columns: int) -> np.ndarray:
             for value, place in zip(values[row, 2 * block : 2 * block + 2], pair, strict=False):
                 weight[row, 4 * block + place] = value
     return weight
+
+
+def put_together(codec: dict[str, Any], fields: dict[str, np.ndarray], rows: int, columns: int) -> np.ndarray:
+    """Blocks as sums of patterns, then cut to the matrix."""
+    size = codec["size"]
+    down, across = -(-rows // size), -(-columns // size)
+    base = 2 * size**2 if codec["base"] is None else codec["base"]
+    table = base_patterns(size)[:base]
+    table = np.concatenate([table, fields["patterns"]]) if "patterns" in fields else table
+    terms = min(codec["terms"], len(table))
+    bits = max(1, (len(table) - 1).bit_length())
+    codes = unpack(fields["codes"], bits, terms * across).reshape(down, terms, across)
+    require(bool((codes < len(table)).all()), "there is no such pattern")
+    inner = {name[7:]: field for name, field in fields.items() if name.startswith("scales_")}
+    scales = decode_matrix(codec["scales"], inner, down, terms * across).reshape(down, terms, across)
+    weight = None
+    for term in range(terms):
+        product = table[codes[:, term]].astype(np.float32) * scales[:, term, :, None, None]
+        weight = product if weight is None else weight + product
+    return weight.transpose(0, 2, 1, 3).reshape(down * size, across * size)[:rows, :columns]
+
+
+def base_patterns(size: int) -> np.ndarray:
+    """Cosine waves in multiples of 1/64, coarse to fine, then single weights."""
+    places = range(size)
+    wave = np.array([[round(64 * math.cos(math.pi * (2 * i + 1) * k / (2 * size))) for i in places] for k in places])
+    order = sorted((k + m, k, m) for k in places for m in places)
+    waves = [np.outer(wave[k], wave[m]) / 4096 for _, k, m in order]
+    return np.concatenate([np.array(waves), np.eye(size**2).reshape(-1, size, size)]).astype(np.float32)
 
 
 def rotate_back(weight: np.ndarray, seed: int) -> np.ndarray:

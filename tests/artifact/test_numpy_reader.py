@@ -30,6 +30,7 @@ def entropy_coded(recipe: str) -> str:
     return format(EntropyCoded(inner))
 
 
+PATTERN = '{"id":"pattern/1","size":%d,"learned":%d,"terms":%d,"scales":%s}'
 SPARSE = '{"id":"sparse24/1","values":%s}'
 RECIPES = (
     *(f"int{bits}:g32" for bits in range(2, 9)),
@@ -46,6 +47,7 @@ RECIPES = (
     *map(entropy_coded, ("fp32", "bf16", "fp16", "int7:row:asym", "int6:g9")),
     *("trellis:0.01:datafree:states=1", "trellis:0.005", "trellis:0.02:states=8:rate=0.0", "trellis:1e-4:states=1"),
     *(SPARSE % '{"id":"uniform/1","bits":4}', SPARSE % '{"id":"dense/1","dtype":"float16"}'),
+    *(PATTERN % (4, 9, 2, '{"id":"uniform/1","bits":4}'), PATTERN % (3, 0, 8, '{"id":"dense/1","dtype":"float16"}')),
 )
 ODD = ((1, 1), (1, 8), (3, 7), (5, 33), (7, 64), (2, 257), (40, 96))
 

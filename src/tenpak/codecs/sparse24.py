@@ -8,18 +8,18 @@ Row by row, the values of the kept pairs (i < j) of the blocks follow each other
 
 A last block of one or two columns is kept whole, as the pair (0, 1), and has no values beyond the row's end.
 
-There are six pairs, numbered j·(j - 1)/2 + i, in base six: seventeen digits, least significant first, make a word of 44
-bits (6^17 < 2^44), 2.588 bits a block where log₂ 6 = 2.585. The last word of a row has fewer digits, d, and as many
-groups of four bits as 6^d - 1 needs. A row's words are a stream of bits, least significant first, which ends at a byte.
-Seventeen are the fewest digits that come so near; five more in three words would save a thousandth.
+There are six pairs, numbered j·(j - 1)/2 + i, in base six: seventeen digits, least significant first, make a word of
+44 bits (6^17 < 2^44), which is 2.588 bits a block where log₂ 6 is 2.585. The last word of a row has fewer digits, d,
+and as many groups of four bits as 6^d - 1 needs. A row's words are a stream of bits, least significant first, which
+ends at a byte, so that rows can be read one by one.
 
 Bytes, with D bytes a row for the pairs::
 
     values_…  the tensors of ``values``, wider dtypes first
     pairs     uint8 [out, D]        D = ceil((11·(B div 17) + ceil(bits(6^(B mod 17) - 1)/4)) / 2)
 
-Bits per weight: those of ``values`` halved, and 0.647 for the pairs. It saves what it saves only beside values of many
-bits: at 4 bits and less the pairs cost as much as the zeros save.
+Bits per weight: those of ``values`` halved, and 0.647 for the pairs. So int4 values take the bits of int3 without any
+zeros, and lose to it (docs/codecs.md has figures); the zeros are worth having where hardware skips them.
 
 ``importance`` says which pair is kept: ``"magnitude"``, w²; ``"wanda"``, w²·H_jj (Sun et al. 2023, arXiv 2306.11695:
 |w|·‖x_j‖ in groups of four); ``"sparsegpt"``, the loss that remains when the other weights make up for it, with values
@@ -43,6 +43,7 @@ from tenpak.codecs.rounding.pruning import PAIRS, Exact, Metric, Pruning, metric
 from tenpak.codecs.validation import require_choice, require_integer, require_number
 from tenpak.errors import InvalidPayloadError, MissingStatisticsError, RecipeError
 from tenpak.kernels import pack, packed_size, unpack
+from tenpak.kernels.parallel import each
 
 __all__ = ["Sparse24"]
 
@@ -204,16 +205,28 @@ def _places(device: torch.device) -> Tensor:
 def _largest(weight: Tensor, importance: Tensor | None) -> Tensor:
     """The pair of largest w²·importance of each block, uint8 ``[out, blocks]``; of equal weights the first."""
     rows, columns = weight.shape
-    blocks = -(-columns // 4)
-    pairs = torch.empty((rows, blocks), dtype=torch.uint8, device=weight.device)
-    for tile in row_tiles(rows, columns):
-        # |w|·√importance has the same order and does not overflow.
+    power = None if importance is None else importance.sqrt()
+
+    def work(tile: slice) -> Tensor:
+        # |w|·√importance has the same order as its square and does not overflow.
         score = weight[tile].detach().float().abs()
-        score = score if importance is None else score * importance.sqrt()
-        score = pad(score, (0, -columns % 4), value=-1.0).view(-1, blocks, 4)
-        low, high = score.sort(dim=-1, descending=True, stable=True).indices[..., :2].sort(-1).values.unbind(-1)
-        pairs[tile] = (high * (high - 1) // 2 + low).to(torch.uint8)
-    return pairs
+        score = pad(score if power is None else score * power, (0, -columns % 4), value=-1.0)
+        places = score.view(len(score), -1, 4).unbind(-1)
+        kept = torch.zeros_like(places[0], dtype=torch.uint8)
+        for i, own in enumerate(places):
+            larger = [(other >= own) if j < i else (other > own) for j, other in enumerate(places) if j != i]
+            kept |= ((larger[0].byte() + larger[1] + larger[2]) < 2).byte() << i
+        return _number(weight.device)[kept.int()]
+
+    return torch.cat(each(work, list(row_tiles(rows, columns))))
+
+
+def _number(device: torch.device) -> Tensor:
+    """The pair of each set of two places, these being bits, uint8 ``[16]``."""
+    table = torch.zeros(16, dtype=torch.uint8)
+    for number, (i, j) in enumerate(PAIRS):
+        table[1 << i | 1 << j] = number
+    return table.to(device)
 
 
 def _kept(weight: Tensor, pairs: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any, ClassVar
 
 import torch
@@ -45,6 +46,7 @@ PAIRS = ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3))
 _PRODUCTS = tuple((i, j) for i in range(4) for j in range(i, 4))
 _BLOCK = 128  # columns per large GEMM
 _TILE = 1024  # rows at most
+_ONE_AT_A_TIME = Lock()  # held for many small operations, while other threads multiply matrices; as in ``gptq``
 
 
 @dataclass(frozen=True)
@@ -264,11 +266,11 @@ class _Tile:
             target = torch.addmm(self.weight[start:stop], matrix[start:stop, :start], self.errors[:start])
             for first in range(start, stop, 4):
                 self._fit(first)
-                four, before = slice(first, first + 4), slice(start, first)
-                aim = torch.addmm(target[first - start : first - start + 4], matrix[four, before], self.errors[before])
-                free = self._free(aim, four)
-                found = self._round(first // 4, self.shared.greedy, free)
-                self._keep(first // 4, *found)
+                with _ONE_AT_A_TIME:
+                    four, before = slice(first, first + 4), slice(start, first)
+                    rest = target[first - start : first - start + 4]
+                    aim = torch.addmm(rest, matrix[four, before], self.errors[before])
+                    self._keep(first // 4, *self._round(first // 4, self.shared.greedy, self._free(aim, four)))
 
     def sweep(self) -> None:
         """Settle every block again, given all others."""
@@ -279,24 +281,29 @@ class _Tile:
         for start in range(0, columns, _BLOCK):
             stop = min(start + _BLOCK, columns)
             gradient = torch.mm(matrix[start:stop], self.errors)
-            was = self.errors[start:stop].clone()
-            for first in range(start, stop, 4):
-                block, four = first // 4, slice(first, first + 4)
-                moved = self.errors[start:first] - was[: first - start]
-                own = matrix[four, four]
-                slope = torch.addmm(gradient[first - start : first - start + 4], matrix[four, start:first], moved)
-                now = self.weight[four] - self.errors[four]
-                free = torch.linalg.solve(own, slope).add_(now)
-                pairs, codes, values, levels = self._round(block, costs, free)
-                better = _loss(own, free - levels) < _loss(own, free - now)
-                two = slice(2 * block, 2 * block + 2)
-                self._keep(
-                    block,
-                    torch.where(better, pairs, self.pairs[block]),
-                    torch.where(better, codes, self.codes[two]),
-                    torch.where(better, values, self.values[two]),
-                    torch.where(better, levels, now),
-                )
+            with _ONE_AT_A_TIME:
+                self._again(matrix[start:stop, start:stop], costs, start, gradient)
+
+    def _again(self, matrix: Tensor, costs: _Costs, start: int, gradient: Tensor) -> None:
+        """Settle the blocks from column ``start``, given H' of them and how the loss changes with their errors."""
+        was = self.errors[start : start + len(matrix)].clone()
+        for place in range(0, len(matrix), 4):
+            block, four = (start + place) // 4, slice(start + place, start + place + 4)
+            moved = self.errors[start : start + place] - was[:place]
+            here = slice(place, place + 4)
+            own = matrix[here, here]
+            now = self.weight[four] - self.errors[four]
+            free = torch.linalg.solve(own, torch.addmm(gradient[here], matrix[here, :place], moved)).add_(now)
+            pairs, codes, values, levels = self._round(block, costs, free)
+            better = _loss(own, free - levels) < _loss(own, free - now)
+            two = slice(2 * block, 2 * block + 2)
+            self._keep(
+                block,
+                torch.where(better, pairs, self.pairs[block]),
+                torch.where(better, codes, self.codes[two]),
+                torch.where(better, values, self.values[two]),
+                torch.where(better, levels, now),
+            )
 
     def pruned(self, rows: slice) -> Pruned:
         """The result, by row."""

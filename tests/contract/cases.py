@@ -117,10 +117,20 @@ def _trellis(step: float, states: int, calibrated: bool, **options: float) -> Ca
     return Case(name, config, rms, portable=not calibrated, calibrated=calibrated, constants=False, absolute=True)
 
 
+def _lowrank(name: str, rms: float, factor: dict[str, Any], *, calibrated: bool = False, **options: Any) -> Case:
+    """Normal weights have no low rank: what is left of one of rank r is a share of its energy."""
+    config = {"id": "lowrank/1", "kind": "plain", "factor": factor, "damping": 0.01, **options}
+    return Case(name, config, rms, portable=False, calibrated=calibrated, constants=factor["id"] == "dense/1")
+
+
 _INT4 = {"id": "uniform/1", "bits": 4, "group": 16, "symmetric": False, "search": False}
 _INT2 = {**_INT4, "bits": 2}
 _GPTQ = {"name": "gptq", "damping": 0.01, "order": "natural", "sweeps": 0}
 _NF4 = {"id": "normalfloat/1", "bits": 4, "group": 16, "levels": "learned"}
+
+_INT8 = {"id": "uniform/1", "bits": 8, "group": None, "symmetric": True, "search": False}
+_FP32 = {"id": "dense/1", "dtype": "float32"}
+_LOW = {"id": "lowrank/1", "rank": 3, "kind": "whitened", "factor": _INT8, "damping": 0.01}
 
 _FP16 = Case("float16", {"id": "dense/1", "dtype": "float16"}, 2**-11)
 _SUM = Case("int4+int2", {"id": "residual/1", "base": _INT4, "rest": _INT2}, 0.027)
@@ -144,6 +154,22 @@ CASES: dict[str, tuple[Case, ...]] = {
         _entropycoded(_normalfloat("nf2-g8-learned", 2, 8, "learned", 0.52)),
         _entropycoded(_channelscaled(_rotated(_SUM, 1), 0.5)),
         _entropycoded(Case("bfloat16", {"id": "dense/1", "dtype": "bfloat16"}, 2**-8)),
+    ),
+    "lowrank/1": (
+        _lowrank("plain-full-float32", 1e-5, _FP32, rank=64),
+        _lowrank("magnitude-5-float16", 0.95, _FP16.config, rank=5, kind="magnitude"),
+        _lowrank("energy-int8", 0.35, _INT8, energy=0.9),
+        _lowrank("activation-10bpw-float16", 0.85, _FP16.config, bpw=10.0, kind="activation", calibrated=True),
+        _lowrank("error-int4", 0.5, _INT4, error=0.3, kind="whitened", calibrated=True),
+        _lowrank(
+            "whitened-12-gptq-normed",
+            1.2,
+            {**_INT4, "rounding": _GPTQ},
+            rank=12,
+            kind="whitened",
+            norm_correction=True,
+            calibrated=True,
+        ),
     ),
     "normalfloat/1": (
         _normalfloat("nf2-g8", 2, 8, "normal", 0.52),
@@ -173,6 +199,14 @@ CASES: dict[str, tuple[Case, ...]] = {
             0.04,
             portable=False,
             calibrated=True,
+        ),
+        Case(
+            "caldera",
+            {"id": "residual/1", "base": _LOW, "rest": {**_INT2, "rounding": _GPTQ}, "iterations": 3},
+            0.6,
+            portable=False,
+            calibrated=True,
+            constants=False,
         ),
     ),
     "rotated/1": (

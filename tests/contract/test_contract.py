@@ -132,6 +132,8 @@ def test_same_bytes_for_any_number_of_threads(case: Case, shape: tuple[int, int]
 @pytest.mark.parametrize("case", ALL)
 def test_rows_do_not_depend_on_the_other_rows(case: Case) -> None:
     """Tiles leave no trace: two halves encode like the whole (codecs with a table per tensor aside)."""
+    if case.config["id"] == "lowrank/1":
+        pytest.skip("factors are found from the whole weight")
     if any("levels" in name for name in case.encode(normal(2, 8)).tensors):
         pytest.skip("levels are learned from the whole weight")
     if not case.apart:

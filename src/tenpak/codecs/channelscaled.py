@@ -39,7 +39,8 @@ import torch
 from torch import Tensor
 
 from tenpak.codecs.base import Codec, Field, Payload, Statistics, require_matrix
-from tenpak.codecs.grouping import group_sum, row_importance, row_tiles
+from tenpak.codecs.grouping import group_sum, row_importance
+from tenpak.codecs.loss import output_loss
 from tenpak.codecs.nesting import inner_payload, require_inner
 from tenpak.codecs.validation import require_number
 from tenpak.errors import CodecError, InvalidPayloadError, MissingStatisticsError
@@ -151,7 +152,7 @@ class ChannelScaled(Codec):
 
         def attempt(step: int) -> tuple[float, int, Payload]:
             payload = self._encode(weight, statistics, _nearest_bytes(activity, step / _GRID))
-            return _loss(weight, self.decode(payload), metric, rows), step, payload
+            return output_loss(weight, self.decode(payload), metric, rows), step, payload
 
         tried: set[int] = set()
         best = (math.inf, 0)
@@ -257,14 +258,3 @@ def _scaled(statistics: Statistics, scales: Tensor) -> Statistics:
         mean_abs=once(statistics.mean_abs),
         input_curvature=times(2, statistics.input_curvature),
     )
-
-
-def _loss(weight: Tensor, decoded: Tensor, metric: Tensor, rows: Tensor | None) -> float:
-    """Σᵢ gᵢ (E H Eᵀ)ᵢᵢ; ``metric`` is H, FP32 ``[in, in]``, or its diagonal ``[in]``."""
-    total = 0.0
-    for tile in row_tiles(*weight.shape):
-        error = weight[tile].float() - decoded[tile]
-        moved = error @ metric if metric.ndim == 2 else error * metric
-        of_row = group_sum(moved.double().mul_(error))[:, 0]
-        total += float(group_sum(of_row if rows is None else of_row * rows[tile]))
-    return total if math.isfinite(total) else math.inf

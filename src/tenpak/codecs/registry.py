@@ -29,6 +29,7 @@ _BUILTIN = (
     ("channelscaled/1", "tenpak.codecs.channelscaled:ChannelScaled"),
     ("dense/1", "tenpak.codecs.dense:Dense"),
     ("entropycoded/1", "tenpak.codecs.entropycoded:EntropyCoded"),
+    ("lowrank/1", "tenpak.codecs.lowrank:LowRank"),
     ("normalfloat/1", "tenpak.codecs.normalfloat:NormalFloat"),
     ("pattern/1", "tenpak.codecs.pattern:Pattern"),
     ("residual/1", "tenpak.codecs.residual:Residual"),

@@ -2,26 +2,40 @@
 
 The sum is made in FP32. Nesting gives sums of any number of stages: ``a + b + c`` is ``Residual(a, Residual(b, c))``.
 
+The first encoding of ``base`` knows nothing of ``rest``. ``iterations`` rounds of refinement encode each again on what
+the other leaves, ::
+
+    base ← W - rest,    rest ← W - base
+
+and the round of least loss Σᵢ gᵢ(E H Eᵀ)ᵢᵢ is kept, H the Hessian and g the output curvature, as far as they are
+known; the first may be it. They end with the first round that gains less than one in a thousand. With whitened
+``lowrank/1`` and a quantizer this is CALDERA (Saha et al. 2024, arXiv 2405.18886, section 3).
+
 Bytes: the tensors of both stages, named ``base_…`` and ``rest_…``; wider dtypes come first so that all stay aligned,
 otherwise in the order of the stages. Bits per weight: the sum of the stages'. Encoding needs one FP32 copy of the
-weight (what remains), decoding a second one for the stage being added.
+weight (what remains), decoding a second one for the stage being added; refinement takes another two, and a payload.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from tenpak.codecs.base import Codec, Field, Payload, Statistics, require_matrix
+from tenpak.codecs.grouping import column_importance, row_importance
+from tenpak.codecs.loss import output_loss
+from tenpak.codecs.validation import require_integer
 from tenpak.errors import InvalidPayloadError, RecipeError
+from tenpak.kernels.parallel import one_thread
 
 __all__ = ["Residual"]
 
 _MOST_STAGES = 16  # more bring nothing, and a hostile configuration must not nest without end
+_LEAST_GAIN = 1e-3
 
 
 @dataclass(frozen=True)
@@ -38,17 +52,20 @@ class Residual(Codec):
     Attributes:
         base: encodes the weight.
         rest: encodes what ``base`` leaves.
+        iterations: at most so many rounds of refinement, 0 to 20. Those of a nested sum multiply.
 
     Raises:
-        RecipeError: a stage is not a codec, or there are more than 16.
+        RecipeError: a stage is not a codec, there are more than 16, or the iterations are out of range.
     """
 
     id: ClassVar[str] = "residual/1"
 
     base: Codec
     rest: Codec
+    iterations: int = field(default=0, metadata={"optional": True})
 
     def __post_init__(self) -> None:
+        require_integer(self.id, "iterations", self.iterations, 0, 20)
         for name in ("base", "rest"):
             if not isinstance(getattr(self, name), Codec):
                 raise RecipeError(
@@ -82,25 +99,53 @@ class Residual(Codec):
         if base is None or rest is None:
             return None
         named = [
-            dataclasses.replace(field, name=prefix + field.name)
+            dataclasses.replace(f, name=prefix + f.name)
             for prefix, fields in (("base_", base), ("rest_", rest))
-            for field in fields
+            for f in fields
         ]
-        return tuple(sorted(named, key=lambda field: -field.dtype.itemsize))
+        return tuple(sorted(named, key=lambda f: -f.dtype.itemsize))
 
     def encode(self, weight: Tensor, statistics: Statistics | None = None) -> Payload:
-        """Encode ``weight`` with ``base``, then what is left with ``rest``; both get the statistics.
+        """Encode ``weight`` with ``base``, then what is left with ``rest``, and refine; all get the statistics.
 
         Raises:
-            CodecError: a stage refuses its input.
+            CodecError: a stage refuses its input, or the statistics do not fit the weight.
         """
         require_matrix(weight)
         base = self.base.encode(weight, statistics)
         remainder = weight - self.base.decode(base)  # a decoded weight may share memory with the weight: never in place
         rest = self.rest.encode(remainder, statistics)
+        if self.iterations:
+            base, rest = self._refined(weight, statistics, base, rest)
         tensors = {f"base_{name}": tensor for name, tensor in base.tensors.items()}
         tensors |= {f"rest_{name}": tensor for name, tensor in rest.tensors.items()}
         return self.payload(weight, dict(sorted(tensors.items(), key=lambda item: -item[1].element_size())))
+
+    def _refined(
+        self, weight: Tensor, statistics: Statistics | None, base: Payload, rest: Payload
+    ) -> tuple[Payload, Payload]:
+        """The stages of the round of least loss, these ones being the first."""
+        column_importance(statistics, weight.shape[1], weight.device)  # refuses what does not fit
+        metric = None if statistics is None or statistics.metric is None else statistics.metric.to(weight.device)
+        rows = row_importance(statistics, len(weight), weight.device)
+
+        def measured(base: Payload, rest: Payload) -> tuple[float, Tensor]:
+            found = self.rest.decode(rest)
+            with one_thread():
+                return output_loss(weight, self.base.decode(base) + found, metric, rows), found
+
+        least, found = measured(base, rest)
+        best = base, rest
+        for _ in range(self.iterations):
+            base = self.base.encode(weight - found, statistics)
+            rest = self.rest.encode(weight - self.base.decode(base), statistics)
+            loss, found = measured(base, rest)
+            enough = not loss < least * (1 - _LEAST_GAIN)
+            if loss < least:
+                least, best = loss, (base, rest)
+            if enough:
+                break
+        return best
 
     def decode(self, payload: Payload) -> Tensor:
         """The sum of both stages, FP32 ``[out, in]``."""

@@ -138,6 +138,15 @@ def decode_matrix(codec: dict[str, Any], fields: dict[str, np.ndarray], rows: in
         return decode_matrix(codec["inner"], inner, rows, columns) * scales
     if codec["id"] == "rotated/1":
         return rotate_back(decode_matrix(codec["inner"], fields, rows, columns), codec["seed"])
+    if codec["id"] == "lowrank/1":
+        left, right = (
+            {name[len(prefix) :]: field for name, field in fields.items() if name.startswith(prefix)}
+            for prefix in ("left_", "right_")
+        )
+        (rank,) = fields["rank"].tolist()
+        return product(
+            decode_matrix(codec["factor"], left, rows, rank), decode_matrix(codec["factor"], right, rank, columns)
+        )
     if codec["id"] == "trellis/1":
         return numpy_trellis.decode(codec, fields["stream"].tobytes(), rows, columns)
     if codec["id"] == "entropycoded/1":
@@ -162,6 +171,19 @@ def decode_matrix(codec: dict[str, Any], fields: dict[str, np.ndarray], rows: in
     if codec["symmetric"]:
         return scales * (codes.astype(np.float32) - np.float32(2 ** (bits - 1)))
     return fields["offsets"].astype(np.float32)[:, group] + scales * codes.astype(np.float32)
+
+
+def product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """The product of two factors: their 20-bit integers, summed exactly, rounded once."""
+    a, a_exponent = integers(left, 1)
+    b, b_exponent = integers(right, 0)
+    return np.ldexp(a @ b + 0.0, a_exponent + b_exponent).astype(np.float32)
+
+
+def integers(factor: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    """Whole numbers of at most 2^20, FP64, and the exponents they are to be multiplied with, along an axis."""
+    exponent = np.frexp(np.abs(factor.astype(np.float64)).max(axis, keepdims=True))[1] - 20
+    return np.rint(np.ldexp(factor.astype(np.float64), -exponent)), exponent
 
 
 def unpack(packed: np.ndarray, bits: int, columns: int) -> np.ndarray:

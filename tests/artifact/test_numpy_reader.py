@@ -32,6 +32,10 @@ def entropy_coded(recipe: str) -> str:
 
 PATTERN = '{"id":"pattern/1","size":%d,"learned":%d,"terms":%d,"scales":%s}'
 SPARSE = '{"id":"sparse24/1","values":%s}'
+_LOW = '"id":"lowrank/1","factor":'
+_INT8 = '{"id":"uniform/1","bits":8,"group":null,"symmetric":true,"search":false}'
+_INT3 = '{"id":"uniform/1","bits":3,"group":8,"symmetric":false,"search":false}'
+
 RECIPES = (
     *(f"int{bits}:g32" for bits in range(2, 9)),
     *(f"int{bits}:row:sym" for bits in (2, 3, 5, 8)),
@@ -48,6 +52,9 @@ RECIPES = (
     *("trellis:0.01:datafree:states=1", "trellis:0.005", "trellis:0.02:states=8:rate=0.0", "trellis:1e-4:states=1"),
     *(SPARSE % '{"id":"uniform/1","bits":4}', SPARSE % '{"id":"dense/1","dtype":"float16"}'),
     *(PATTERN % (4, 9, 2, '{"id":"uniform/1","bits":4}'), PATTERN % (3, 0, 8, '{"id":"dense/1","dtype":"float16"}')),
+    *(f'{{{_LOW}{_INT3},"rank":3,"kind":"plain"}}', f'{{{_LOW}{_INT8},"energy":0.7}}'),
+    f'{{"id":"residual/1","base":{{{_LOW}{_INT8},"bpw":4.0,"kind":"activation"}},"rest":{_INT3},"iterations":2}}',
+    f'{{{_LOW}{{"id":"trellis/1","step":0.05}},"error":0.5,"kind":"magnitude"}}',
 )
 ODD = ((1, 1), (1, 8), (3, 7), (5, 33), (7, 64), (2, 257), (40, 96))
 

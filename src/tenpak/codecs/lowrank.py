@@ -286,7 +286,8 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     b, b_unit = _integers(right, 0)
     product = torch.empty((len(left), right.shape[1]), dtype=torch.float32, device=left.device)
     for tile in row_tiles(*product.shape):
-        product[tile] = (a[tile] @ b).mul_(a_unit[tile]).mul_(b_unit)  # exact in FP64 up to the rounding to FP32
+        # Exact in FP64 up to the rounding to FP32. Adding zero makes a zero positive: its sign depends on the order.
+        product[tile] = (a[tile] @ b).add_(0.0).mul_(a_unit[tile]).mul_(b_unit)
     return product
 
 

@@ -8,8 +8,10 @@ the other leaves, ::
     base ← W - rest,    rest ← W - base
 
 and the round of least loss Σᵢ gᵢ(E H Eᵀ)ᵢᵢ is kept, H the Hessian and g the output curvature, as far as they are
-known; the first may be it. They end with the first round that gains less than one in a thousand. With whitened
-``lowrank/1`` and a quantizer this is CALDERA (Saha et al. 2024, arXiv 2405.18886, section 3).
+known; the first may be it. They end after three rounds in a row that gain less than one in a thousand: a stage that
+rounds may lose by chance. With whitened ``lowrank/1`` and a quantizer this is CALDERA (Saha et al. 2024, arXiv
+2405.18886, section 3). A quantizer gains by it if it searches for its grids. Where these cover the range of the weights,
+later rounds lose more and more: what the other stage leaves has the quantizer's errors in it, and a wider range.
 
 Bytes: the tensors of both stages, named ``base_…`` and ``rest_…``; wider dtypes come first so that all stay aligned,
 otherwise in the order of the stages. Bits per weight: the sum of the stages'. Encoding needs one FP32 copy of the
@@ -36,6 +38,7 @@ __all__ = ["Residual"]
 
 _MOST_STAGES = 16  # more bring nothing, and a hostile configuration must not nest without end
 _LEAST_GAIN = 1e-3
+_PATIENCE = 3
 
 
 @dataclass(frozen=True)
@@ -135,15 +138,15 @@ class Residual(Codec):
                 return output_loss(weight, self.base.decode(base) + found, metric, rows), found
 
         least, found = measured(base, rest)
-        best = base, rest
+        best, stale = (base, rest), 0
         for _ in range(self.iterations):
             base = self.base.encode(weight - found, statistics)
             rest = self.rest.encode(weight - self.base.decode(base), statistics)
             loss, found = measured(base, rest)
-            enough = not loss < least * (1 - _LEAST_GAIN)
+            stale = 0 if loss < least * (1 - _LEAST_GAIN) else stale + 1
             if loss < least:
                 least, best = loss, (base, rest)
-            if enough:
+            if stale == _PATIENCE:
                 break
         return best
 

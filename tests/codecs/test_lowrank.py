@@ -445,6 +445,16 @@ def test_refinement_without_statistics_is_of_the_weight_itself() -> None:
     assert errors[1] < errors[0]
 
 
+def test_a_sum_multiplies_without_decoding_the_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = weights(64, 96)
+    codec = Residual(Uniform(4, 32), Residual(LowRank(6, kind="plain"), Uniform(2, 32)))
+    payload, x = codec.encode(weight), torch.randn(3, 96, generator=generator(5))
+    expected, prepared = x @ codec.decode(payload).T, codec.prepare(payload)
+    monkeypatch.setattr(LowRank, "decode", lambda *_: pytest.fail("decoded"))
+    torch.testing.assert_close(codec.matmul(x, prepared), expected)
+    assert not Residual(Uniform(4, 32), Uniform(2, 32)).multiplies_cheaply
+
+
 def test_refinement_is_left_out_where_there_is_none() -> None:
     plain = Residual(*SUMS[2])
     assert "iterations" not in plain.to_json()

@@ -194,6 +194,11 @@ class Codec(ABC):
         """Whether ``encode`` weighs rows by their curvature, which takes a backward pass to collect."""
         return False
 
+    @property
+    def multiplies_cheaply(self) -> bool:
+        """Whether ``matmul`` takes far less than decoding does, so that a sum had better multiply stage by stage."""
+        return False
+
     # Runtime: what ``prepare`` returns stays in memory; products and look-ups work from it. --------------------------
 
     def prepare(self, payload: Payload) -> Any:

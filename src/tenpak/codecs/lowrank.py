@@ -136,6 +136,11 @@ class LowRank(Codec):
         """Whether the error is that of the output, or the factors do."""
         return self.kind == "whitened" or self.error is not None or self.factor.uses_curvature
 
+    @property
+    def multiplies_cheaply(self) -> bool:
+        """Always: two thin products."""
+        return True
+
     def fields(self, shape: tuple[int, int]) -> tuple[Field, ...] | None:
         """The rank and the fields of both factors; None where the weight decides the rank, or for unknown rates."""
         rank = self._fixed_rank(shape)

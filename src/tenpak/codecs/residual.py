@@ -10,8 +10,9 @@ the other leaves, ::
 and the round of least loss Σᵢ gᵢ(E H Eᵀ)ᵢᵢ is kept, H the Hessian and g the output curvature, as far as they are
 known; the first may be it. They end after three rounds in a row that gain less than one in a thousand: a stage that
 rounds may lose by chance. With whitened ``lowrank/1`` and a quantizer this is CALDERA (Saha et al. 2024, arXiv
-2405.18886, section 3). A quantizer gains by it if it searches for its grids. Where these cover the range of the weights,
-later rounds lose more and more: what the other stage leaves has the quantizer's errors in it, and a wider range.
+2405.18886, section 3). A quantizer gains by it if it searches for its grids. Where these cover the range of the
+weights, later rounds lose more and more: what the other stage leaves has the quantizer's errors in it, and a wider
+range.
 
 Bytes: the tensors of both stages, named ``base_…`` and ``rest_…``; wider dtypes come first so that all stay aligned,
 otherwise in the order of the stages. Bits per weight: the sum of the stages'. Encoding needs one FP32 copy of the
@@ -96,6 +97,11 @@ class Residual(Codec):
         """Whether a stage does."""
         return self.base.uses_curvature or self.rest.uses_curvature
 
+    @property
+    def multiplies_cheaply(self) -> bool:
+        """Whether a stage does: it need not be decoded then."""
+        return self.base.multiplies_cheaply or self.rest.multiplies_cheaply
+
     def fields(self, shape: tuple[int, int]) -> tuple[Field, ...] | None:
         """The fields of both stages, or None where the rate of one is only known after coding."""
         base, rest = self.base.fields(shape), self.rest.fields(shape)
@@ -161,7 +167,12 @@ class Residual(Codec):
         return _Prepared(payload, self.base.prepare(base), self.rest.prepare(rest))
 
     def matmul(self, x: Tensor, prepared: _Prepared) -> Tensor:
-        """``x @ W.T`` for ``x`` of shape ``[..., in]``, with the sum: a product for each stage would cost twice."""
+        """``x @ W.T`` for ``x`` of shape ``[..., in]``.
+
+        It is made with the sum, since a product for each stage would cost twice, unless one has a cheap product.
+        """
+        if self.multiplies_cheaply:
+            return self.base.matmul(x, prepared.base) + self.rest.matmul(x, prepared.rest)
         return super().matmul(x, prepared.payload)
 
     def rows(self, indices: Tensor, prepared: _Prepared) -> Tensor:

@@ -8,6 +8,9 @@ Eight codes fill exactly ``bits`` bytes. They are squeezed together by doubling 
 inside each 16-bit word, then two of those inside each 32-bit word, then inside each 64-bit word. Each step is a shift,
 an "or" and a mask over contiguous memory, which torch vectorises; 4 bits need the first step only, 2 bits the first
 two, 8 bits none. Words are reinterpreted in place, so this assumes a little-endian machine, as the artifact does.
+
+Codes of 9 to 16 bits (indices into large codebooks) are packed as ``bits`` codes of one bit each, which is the same
+stream; there are few of them, one for several weights.
 """
 
 from __future__ import annotations
@@ -25,16 +28,20 @@ def packed_size(n: int, bits: int) -> int:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Pack codes, uint8 ``[rows, n]`` each below ``2**bits``, into uint8 ``[rows, ceil(n·bits/8)]``.
+    """Pack codes ``[rows, n]`` each below ``2**bits``, into uint8 ``[rows, ceil(n·bits/8)]``.
 
     Args:
-        codes: the codes; a value of ``2**bits`` or more would spill into its neighbours, which is not checked.
-        bits: bits per code, 1 to 8.
+        codes: the codes, uint8, or int32 where they have more than 8 bits; a value of ``2**bits`` or more would spill
+            into its neighbours, which is not checked.
+        bits: bits per code, 1 to 16.
 
     Raises:
-        ValueError: ``codes`` is not a uint8 matrix or ``bits`` is out of range.
+        ValueError: ``codes`` is not a matrix of that type or ``bits`` is out of range.
     """
-    _check(codes, bits)
+    _check(codes, bits, _code_dtype(bits))
+    if bits > 8:
+        single = (codes.unsqueeze(-1) >> _places(bits, codes.device)) & 1
+        return pack(single.to(torch.uint8).flatten(1), 1)
     if bits == 8:
         return codes.contiguous()
     rows, n = codes.shape
@@ -49,14 +56,17 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
-    """Unpack uint8 ``[rows, ceil(n·bits/8)]`` into codes, uint8 ``[rows, n]``: the inverse of ``pack``.
+    """Unpack uint8 ``[rows, ceil(n·bits/8)]`` into codes ``[rows, n]``, uint8, int32 above 8 bits: ``pack``'s inverse.
 
     Raises:
         ValueError: ``packed`` is not a uint8 matrix of that width or ``bits`` is out of range.
     """
-    _check(packed, bits)
+    _check(packed, bits, torch.uint8)
     if packed.shape[1] != packed_size(n, bits):
         raise ValueError(f"{n} codes of {bits} bits take {packed_size(n, bits)} bytes a row, got {packed.shape[1]}")
+    if bits > 8:
+        single = unpack(packed, 1, n * bits).view(len(packed), n, bits)
+        return (single.int() << _places(bits, packed.device)).sum(-1, dtype=torch.int32)
     if bits == 8:
         return packed.contiguous()
     rows = packed.shape[0]
@@ -107,8 +117,18 @@ def _aligned(codes: Tensor, multiple: int) -> Tensor:
     return codes.clone() if codes.storage_offset() % 8 else codes
 
 
-def _check(codes: Tensor, bits: int) -> None:
-    if codes.ndim != 2 or codes.dtype != torch.uint8:
-        raise ValueError(f"packing takes a uint8 matrix, got {codes.dtype} {tuple(codes.shape)}")
-    if not 1 <= bits <= 8:
-        raise ValueError(f"packing takes 1 to 8 bits, got {bits}")
+def _code_dtype(bits: int) -> torch.dtype:
+    """The type of codes of so many bits."""
+    return torch.uint8 if bits <= 8 else torch.int32
+
+
+def _places(bits: int, device: torch.device) -> Tensor:
+    """0 … bits - 1."""
+    return torch.arange(bits, dtype=torch.int32, device=device)
+
+
+def _check(codes: Tensor, bits: int, dtype: torch.dtype) -> None:
+    if not 1 <= bits <= 16:
+        raise ValueError(f"packing takes 1 to 16 bits, got {bits}")
+    if codes.ndim != 2 or codes.dtype != dtype:
+        raise ValueError(f"packing {bits} bits takes a {dtype} matrix, got {codes.dtype} {tuple(codes.shape)}")

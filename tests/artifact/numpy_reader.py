@@ -158,6 +158,8 @@ def decode_matrix(codec: dict[str, Any], fields: dict[str, np.ndarray], rows: in
         return spread(values, fields["pairs"], columns)
     if codec["id"] == "pattern/1":
         return put_together(codec, fields, rows, columns)
+    if codec["id"] in ("vector/1", "additive/1"):
+        return sum_entries(codec, fields, rows, columns)
     bits = codec["bits"]
     codes = unpack(fields["codes"], bits, columns)
     size = columns if codec["group"] is None else codec["group"]
@@ -184,6 +186,19 @@ def integers(factor: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
     """Whole numbers of at most 2^20, FP64, and the exponents they are to be multiplied with, along an axis."""
     exponent = np.frexp(np.abs(factor.astype(np.float64)).max(axis, keepdims=True))[1] - 20
     return np.rint(np.ldexp(factor.astype(np.float64), -exponent)), exponent
+
+
+def sum_entries(codec: dict[str, Any], fields: dict[str, np.ndarray], rows: int, columns: int) -> np.ndarray:
+    """Vectors of a row, each an entry of a codebook or the sum of one of each book, times the row's scale."""
+    codebooks = fields["codebook"][None] if codec["id"] == "vector/1" else fields["codebooks"]
+    books, entries, dimension = codebooks.shape
+    vectors = -(-columns // dimension)
+    codes = unpack(fields["codes"], entries.bit_length() - 1, vectors * books).reshape(rows, vectors, books)
+    total = codebooks[0].astype(np.float32)[codes[..., 0]]
+    for book in range(1, books):
+        total = total + codebooks[book].astype(np.float32)[codes[..., book]]
+    weight = total.reshape(rows, vectors * dimension)[:, :columns]
+    return weight * fields["scales"].astype(np.float32)[:, None] if "scales" in fields else weight
 
 
 def unpack(packed: np.ndarray, bits: int, columns: int) -> np.ndarray:

@@ -1,9 +1,9 @@
 """Example configurations of every registered codec: the one table that a new codec adds to.
 
 ``rms`` bounds the relative root mean square error on normal weights. A uniform grid of ``2^bits - 1`` steps over at
-most 6.6 standard deviations (256 normal values span 5.6 on average) has a rounding error of step/√12. For normalfloat
-and for sums it is about 1.3 times what was measured. A trellis leaves about √(step²/5), a little more where it saves
-bits.
+most 6.6 standard deviations (256 normal values span 5.6 on average) has a rounding error of step/√12. For normalfloat,
+sums and codebooks it is about 1.3 times what was measured. A trellis leaves about √(step²/5), a little more where it
+saves bits.
 """
 
 from __future__ import annotations
@@ -123,6 +123,20 @@ def _lowrank(name: str, rms: float, factor: dict[str, Any], *, calibrated: bool 
     return Case(name, config, rms, portable=False, calibrated=calibrated, constants=factor["id"] == "dense/1")
 
 
+def _vector(dimension: int, entries: int, scaled: bool, weighting: str, rms: float, rounds: int = 2) -> Case:
+    config = {"id": "vector/1", "dimension": dimension, "entries": entries, "scaled": scaled, "weighting": weighting}
+    config |= {"rounds": rounds, "damping": 0.01, "seed": 0}
+    name = f"{dimension}x{entries}{'-scaled' * scaled}-{weighting}"
+    return Case(name, config, rms, portable=False, calibrated=weighting == "calibrated")
+
+
+def _additive(books: int, dimension: int, entries: int, calibrated: bool, rms: float, beam: int = 4) -> Case:
+    config = {"id": "additive/1", "books": books, "dimension": dimension, "entries": entries, "calibrated": calibrated}
+    config |= {"beam": beam, "rounds": 3, "damping": 0.01, "seed": 1}
+    name = f"{books}x{dimension}x{entries}-{'calibrated' if calibrated else 'datafree'}"
+    return Case(name, config, rms, portable=False, calibrated=calibrated)
+
+
 _INT4 = {"id": "uniform/1", "bits": 4, "group": 16, "symmetric": False, "search": False}
 _INT2 = {**_INT4, "bits": 2}
 _GPTQ = {"name": "gptq", "damping": 0.01, "order": "natural", "sweeps": 0}
@@ -136,6 +150,12 @@ _FP16 = Case("float16", {"id": "dense/1", "dtype": "float16"}, 2**-11)
 _SUM = Case("int4+int2", {"id": "residual/1", "base": _INT4, "rest": _INT2}, 0.027)
 
 CASES: dict[str, tuple[Case, ...]] = {
+    "additive/1": (
+        _additive(1, 8, 128, False, 0.75),
+        _additive(2, 8, 64, True, 0.65),
+        _additive(3, 4, 32, False, 0.14),
+        _additive(4, 4, 16, True, 0.25, beam=1),
+    ),
     "channelscaled/1": (
         _channelscaled(_uniform("int4-g32", 4, 32), None),
         _channelscaled(_uniform("int3-g128-sym", 3, 128, symmetric=True), 0.5),
@@ -243,6 +263,12 @@ CASES: dict[str, tuple[Case, ...]] = {
         _uniform("int8-row-sym", 8, None, symmetric=True),
         _gptq(_uniform("int4-g32", 4, 32)),
         _gptq(_uniform("int3-g9-sym", 3, 9, symmetric=True), order="activation", sweeps=1),
+    ),
+    "vector/1": (
+        _vector(4, 256, False, "equal", 0.4),
+        _vector(8, 16, True, "magnitude", 0.9, rounds=0),
+        _vector(2, 512, False, "calibrated", 0.1),
+        _vector(16, 64, True, "calibrated", 0.9),
     ),
 }
 

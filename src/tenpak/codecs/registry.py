@@ -26,6 +26,7 @@ __all__ = ["ENTRY_POINT_GROUP", "from_json", "get", "ids"]
 ENTRY_POINT_GROUP = "tenpak.codecs"
 
 _BUILTIN = (
+    ("additive/1", "tenpak.codecs.additive:Additive"),
     ("channelscaled/1", "tenpak.codecs.channelscaled:ChannelScaled"),
     ("dense/1", "tenpak.codecs.dense:Dense"),
     ("entropycoded/1", "tenpak.codecs.entropycoded:EntropyCoded"),
@@ -37,6 +38,7 @@ _BUILTIN = (
     ("sparse24/1", "tenpak.codecs.sparse24:Sparse24"),
     ("trellis/1", "tenpak.codecs.trellis:Trellis"),
     ("uniform/1", "tenpak.codecs.uniform:Uniform"),
+    ("vector/1", "tenpak.codecs.vector:Vector"),
 )
 
 

@@ -11,9 +11,9 @@ Bytes, V = ceil(in/dimension) vectors per row, the last one cut off at the row's
     codes      uint8 [out, ceil(V·books·log2(entries)/8)]   packed; the codes of a vector one after the other
 
 Bits per weight: ``books·log2(entries)/dimension`` where the dimension divides the row, ``+ 16/in``, and
-``16·books·entries·dimension`` bits per tensor. Two books of 256 entries reach 65,536 sums for the bytes of 512 entries,
-so it goes on where one codebook would grow too large; choosing the codes is what it costs (a beam search), and the sums
-are not free to lie where one codebook's entries could.
+``16·books·entries·dimension`` bits per tensor. Two books of 256 entries reach 65,536 sums for the bytes of 512
+entries, so it goes on where one codebook would grow too large; choosing the codes is what it costs (a beam search), and
+sums are not free to lie where one codebook's entries could.
 
 Additive quantization: Babenko and Lempitsky 2014; of language models: Egiazarian et al. 2024, AQLM, arXiv 2401.06118.
 Here codes are first chosen with feedback of errors through the full Hessian, vector by vector, and only then improved

@@ -8,7 +8,7 @@ saves bits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,8 @@ class Case:
     machine's vectors: searches and learned levels. Decoding is exact everywhere. ``calibrated`` cases need statistics
     to encode; ``encode`` gives them some. ``constants`` is False where
     a constant row does not stay one on its way to the grid. ``absolute`` is True where the size of the error is set in
-    units of the loss, whatever the size of the weight. ``apart`` is False where rows are encoded together.
+    units of the loss, whatever the size of the weight. ``apart`` is False where rows are encoded together, or by what
+    is learned from all of them; ``height`` is how many rows a block has.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Case:
     constants: bool = True
     absolute: bool = False
     apart: bool = True
+    height: int = 1
 
     @property
     def codec(self) -> Codec:
@@ -61,33 +63,34 @@ def _uniform(name: str, bits: int, group: int | None, symmetric: bool = False, s
 
 def _normalfloat(name: str, bits: int, group: int | None, levels: str, rms: float) -> Case:
     config = {"id": "normalfloat/1", "bits": bits, "group": group, "levels": levels}
-    return Case(name, config, rms, portable=levels == "normal")
+    return Case(name, config, rms, portable=levels == "normal", apart=levels == "normal")
 
 
 def _gptq(case: Case, **options: Any) -> Case:
     """The case with ``gptq``, whose error in the weight itself is larger: it keeps that of the output small."""
     rounding = {"name": "gptq", "damping": 0.01, "order": "natural", "sweeps": 0, **options}
     name = "-".join([case.name, "gptq", *(str(value) for value in options.values())])
-    return Case(name, {**case.config, "rounding": rounding}, 1.4 * case.rms, portable=False, calibrated=True)
+    config = {**case.config, "rounding": rounding}
+    return replace(case, name=name, config=config, rms=1.4 * case.rms, portable=False, calibrated=True)
 
 
 def _channelscaled(case: Case, exponent: float | None) -> Case:
     """The case with scaled channels. The weight's error is larger: inputs of little power carry more of it."""
     config = {"id": "channelscaled/1", "inner": case.config, "exponent": exponent}
     name = f"{case.name}-{'searched' if exponent is None else exponent}"
-    return Case(name, config, 1.6 * case.rms, portable=False, calibrated=True, constants=False)
+    rms = 1.6 * case.rms
+    return replace(case, name=name, config=config, rms=rms, portable=False, calibrated=True, constants=False)
 
 
 def _rotated(case: Case, seed: int) -> Case:
     """The case with rotated inputs: what is normal stays so."""
     config = {"id": "rotated/1", "inner": case.config, "seed": seed}
-    return Case(f"{case.name}-{seed}", config, case.rms, case.portable, case.calibrated, constants=False)
+    return replace(case, name=f"{case.name}-{seed}", config=config, constants=False)
 
 
 def _entropycoded(case: Case) -> Case:
     """The case with its payload coded: what it decodes to is the same."""
-    config = {"id": "entropycoded/1", "inner": case.config}
-    return Case(case.name, config, case.rms, case.portable, case.calibrated, case.constants)
+    return replace(case, config={"id": "entropycoded/1", "inner": case.config})
 
 
 def _sparse24(values: Case, importance: str, sweeps: int = 4) -> Case:
@@ -96,7 +99,8 @@ def _sparse24(values: Case, importance: str, sweeps: int = 4) -> Case:
     calibrated = importance != "magnitude"
     rms = 0.5 + values.rms if importance == "sparsegpt" else 0.39 + values.rms
     portable = values.portable and not calibrated
-    return Case(f"{values.name}-{importance}-{sweeps}", config, rms, portable, calibrated, constants=False)
+    name = f"{values.name}-{importance}-{sweeps}"
+    return Case(name, config, rms, portable, calibrated, constants=False, apart=values.apart)
 
 
 def _pattern(size: int, learned: int, terms: int, rms: float, scales: Case, **options: Any) -> Case:
@@ -105,43 +109,45 @@ def _pattern(size: int, learned: int, terms: int, rms: float, scales: Case, **op
     config |= {"scales": scales.config, "calibrated": False, "seed": 0, **options}
     name = "-".join([f"{size}x{size}", f"{learned}", f"{terms}", scales.name, *map(str, options.values())])
     calibrated = bool(options.get("calibrated"))
-    return Case(name, config, rms, portable=False, calibrated=calibrated, constants=terms == 1, apart=False)
+    return Case(name, config, rms, False, calibrated, constants=terms == 1, apart=False, height=size)
 
 
 def _trellis(step: float, states: int, calibrated: bool, **options: float) -> Case:
-    """Calibrated the weight's error is larger: inputs of little power carry more of it."""
+    """Calibrated the weight's error is larger: inputs of little power carry more of it.
+
+    What a level costs, which its choice depends on, is fitted to the whole weight.
+    """
     config = {"id": "trellis/1", "step": step, "states": states, "calibrated": calibrated}
     config |= {"rate_weight": 0.3, "damping": 0.01, **options}
     name = "-".join(["calibrated" if calibrated else "datafree", f"{states}", f"{step}", *map(str, options.values())])
     rms = step / 0.02 * (0.3 if states == 1 else 0.55) * (1.7 if calibrated else 1)
-    return Case(name, config, rms, portable=not calibrated, calibrated=calibrated, constants=False, absolute=True)
+    return Case(name, config, rms, not calibrated, calibrated, constants=False, absolute=True, apart=False)
 
 
 def _lowrank(name: str, rms: float, factor: dict[str, Any], *, calibrated: bool = False, **options: Any) -> Case:
     """Normal weights have no low rank: what is left of one of rank r is a share of its energy."""
     config = {"id": "lowrank/1", "kind": "plain", "factor": factor, "damping": 0.01, **options}
-    return Case(name, config, rms, portable=False, calibrated=calibrated, constants=factor["id"] == "dense/1")
+    return Case(name, config, rms, False, calibrated, constants=factor["id"] == "dense/1", apart=False)
 
 
 def _vector(dimension: int, entries: int, scaled: bool, weighting: str, rms: float, rounds: int = 2) -> Case:
     config = {"id": "vector/1", "dimension": dimension, "entries": entries, "scaled": scaled, "weighting": weighting}
     config |= {"rounds": rounds, "damping": 0.01, "seed": 0}
     name = f"{dimension}x{entries}{'-scaled' * scaled}-{weighting}"
-    return Case(name, config, rms, portable=False, calibrated=weighting == "calibrated")
+    return Case(name, config, rms, portable=False, calibrated=weighting == "calibrated", apart=False)
 
 
 def _additive(books: int, dimension: int, entries: int, calibrated: bool, rms: float, beam: int = 4) -> Case:
     config = {"id": "additive/1", "books": books, "dimension": dimension, "entries": entries, "calibrated": calibrated}
     config |= {"beam": beam, "rounds": 3, "damping": 0.01, "seed": 1}
     name = f"{books}x{dimension}x{entries}-{'calibrated' if calibrated else 'datafree'}"
-    return Case(name, config, rms, portable=False, calibrated=calibrated)
+    return Case(name, config, rms, portable=False, calibrated=calibrated, apart=False)
 
 
 _INT4 = {"id": "uniform/1", "bits": 4, "group": 16, "symmetric": False, "search": False}
 _INT2 = {**_INT4, "bits": 2}
 _GPTQ = {"name": "gptq", "damping": 0.01, "order": "natural", "sweeps": 0}
 _NF4 = {"id": "normalfloat/1", "bits": 4, "group": 16, "levels": "learned"}
-
 _INT8 = {"id": "uniform/1", "bits": 8, "group": None, "symmetric": True, "search": False}
 _FP32 = {"id": "dense/1", "dtype": "float32"}
 _LOW = {"id": "lowrank/1", "rank": 3, "kind": "whitened", "factor": _INT8, "damping": 0.01}
@@ -212,6 +218,7 @@ CASES: dict[str, tuple[Case, ...]] = {
             {"id": "residual/1", "base": _INT2, "rest": {"id": "residual/1", "base": _NF4, "rest": _INT2}},
             0.009,
             portable=False,
+            apart=False,
         ),
         Case(
             "int4+int2-gptq",
@@ -227,6 +234,7 @@ CASES: dict[str, tuple[Case, ...]] = {
             portable=False,
             calibrated=True,
             constants=False,
+            apart=False,
         ),
     ),
     "rotated/1": (

@@ -66,6 +66,11 @@ class EntropyCoded(Codec):
         """Whether ``inner`` does."""
         return self.inner.uses_curvature
 
+    @property
+    def multiplies_cheaply(self) -> bool:
+        """Whether ``inner`` does."""
+        return self.inner.multiplies_cheaply
+
     def encode(self, weight: Tensor, statistics: Statistics | None = None) -> Payload:
         """Encode ``weight`` with ``inner`` and code the payload.
 

@@ -33,7 +33,7 @@ from tenpak.work import Tuned, Work
 __all__ = ["DEFAULT_STEPS", "memory", "recover"]
 
 DEFAULT_STEPS = 240
-_SCALE_RATE = 2e-3  # of relative changes
+_SCALE_RATE = 2e-3  # relative to a knob's own scale
 _VECTOR_RATE = 1e-3  # relative to a vector's root mean square
 _LEAST_RATE = 1e-5
 
@@ -145,7 +145,7 @@ class _Student:
             for entry in entries
             if _is_vector(entry)
         }
-        knobs = [Knob(p, weight.rounded, _SCALE_RATE) for weight in taken.values() for p in weight.parameters()]
+        knobs = [Knob(*knob, _SCALE_RATE) for weight in taken.values() for knob in weight.knobs()]
         knobs += [_vector_knob(entry, parameter) for entry, parameter in vectors.values()]
         return cls(skeleton, knobs, {item.number: weight for item, weight in tunable}, vectors)
 

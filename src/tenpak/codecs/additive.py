@@ -22,6 +22,7 @@ by sweeps over all vectors, and codebooks are solved for by conjugate gradients;
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -31,6 +32,7 @@ from torch import Tensor
 from tenpak.codecs.base import Codec, Field, Payload, Statistics, require_matrix
 from tenpak.codecs.codebook_fit import Plan, fit
 from tenpak.codecs.codebooks import DIMENSIONS, ENTRIES, expand, packed, vector_count
+from tenpak.codecs.fields_tuning import TunableFields
 from tenpak.codecs.grouping import row_tiles
 from tenpak.codecs.validation import require_bool, require_choice, require_integer, require_number
 from tenpak.errors import MissingStatisticsError
@@ -145,6 +147,20 @@ class Additive(Codec):
         weight = torch.empty((flat.numel(), prepared.shape[1]), dtype=torch.float32, device=tensors["codes"].device)
         self._expand(tensors["codes"][flat], tensors["scales"][flat], tensors["codebooks"], weight)
         return weight.view(*indices.shape, prepared.shape[1])
+
+    def tunable(self, payload: Payload) -> TunableFields:
+        """Codebooks and scales are continuous."""
+        tensors, (rows, columns) = self.checked(payload), payload.shape
+        count = vector_count(columns, self.dimension)
+        codes = unpack(tensors["codes"], self._bits, count * self.books).view(-1, self.books).int().unbind(1)
+
+        def weight(values: Mapping[str, Tensor]) -> Tensor:
+            parts = [book[code] for book, code in zip(values["codebooks"], codes, strict=True)]
+            sums = torch.stack(parts).sum(0).view(rows, -1)[:, :columns]
+            return sums * values["scales"].unsqueeze(1)
+
+        entries = tensors["codebooks"].float().square().mean().sqrt()
+        return TunableFields(payload, {"scales": tensors["scales"].float().abs(), "codebooks": entries}, weight)
 
     def _expand(self, stream: Tensor, scales: Tensor, codebooks: Tensor, out: Tensor) -> None:
         """Decode rows into ``out``, FP32 ``[rows, in]``."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -126,14 +126,14 @@ class Statistics:
 
 
 class Tunable(nn.Module, ABC):
-    """A weight whose continuous part can be tuned while its codes stay: products and look-ups pass on gradients.
-
-    Its ``parameters()`` are FP32, of a scale on which changes of a hundredth matter.
-    """
+    """A weight whose continuous part can be tuned while its codes stay: products and look-ups pass on gradients."""
 
     @abstractmethod
-    def rounded(self, value: Tensor) -> Tensor:
-        """A parameter's value as the payload will hold it."""
+    def knobs(self) -> list[tuple[nn.Parameter, Callable[[Tensor], Tensor]]]:
+        """What can be tuned, each with what gives its value as the payload will hold it.
+
+        Parameters are FP32 and of a scale on which changes of a hundredth matter.
+        """
 
     @abstractmethod
     def matmul(self, x: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from tenpak.codecs.base import Codec, Field, Payload, Statistics, require_matrix
+from tenpak.codecs.fields_tuning import TunableFields, over_columns
 from tenpak.codecs.grid import round_up
 from tenpak.codecs.grouping import (
     Segment,
@@ -176,6 +177,20 @@ class NormalFloat(Codec):
         weight = torch.empty((flat.numel(), prepared.shape[1]), dtype=torch.float32, device=tensors["codes"].device)
         self._expand(tensors["codes"][flat], tensors["scales"][flat], self._table(prepared), weight)
         return weight.view(*indices.shape, prepared.shape[1])
+
+    def tunable(self, payload: Payload) -> TunableFields:
+        """Scales are continuous, and learned levels."""
+        tensors, columns = self.checked(payload), payload.shape[1]
+        codes = unpack(tensors["codes"], self.bits, columns).int()
+        fixed = self._table(payload)
+
+        def weight(values: Mapping[str, Tensor]) -> Tensor:
+            levels = values.get("levels", fixed).index_select(0, codes.flatten()).view(codes.shape)
+            return levels * over_columns(values["scales"], self.group, columns)
+
+        units = {"scales": tensors["scales"].float().abs()}
+        units |= {"levels": torch.ones(())} if self.levels == "learned" else {}
+        return TunableFields(payload, units, weight)
 
     def _table(self, payload: Payload) -> Tensor:
         """The levels, FP32 ``[2^bits]``, on the payload's device."""

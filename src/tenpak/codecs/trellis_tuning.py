@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,11 @@ class TunableTrellis(Tunable):
         self.row = nn.Parameter(coded.row_scale / self.row_scale - 1)
         self.column = nn.Parameter(coded.column_scale / self.column_scale - 1)
 
-    def rounded(self, value: Tensor) -> Tensor:
+    def knobs(self) -> list[tuple[nn.Parameter, Callable[[Tensor], Tensor]]]:
+        """Relative changes of the scales of rows and of columns."""
+        return [(self.row, self._rounded), (self.column, self._rounded)]
+
+    def _rounded(self, value: Tensor) -> Tensor:
         """To binary places of the fine part; no scale changes by more than half."""
         unit = 2**self._coded.places
         return value.clamp(-_MOST_CHANGE, _MOST_CHANGE).mul(unit).round_().div_(unit)
@@ -72,4 +77,4 @@ class TunableTrellis(Tunable):
         return dataclasses.replace(self._payload, tensors={"stream": write(coded)})
 
     def _integers(self, value: Tensor) -> Tensor:
-        return self.rounded(value).mul(2**self._coded.places).round_().to(torch.int32)
+        return self._rounded(value).mul(2**self._coded.places).round_().to(torch.int32)

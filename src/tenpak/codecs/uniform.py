@@ -20,6 +20,7 @@ are not compressed further: at g32 they cost one bit of five, which is what entr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from tenpak.codecs.base import Codec, Field, Payload, Statistics, require_matrix
+from tenpak.codecs.fields_tuning import TunableFields, over_columns
 from tenpak.codecs.grid import Grid, covering, refine
 from tenpak.codecs.grouping import Segment, column_importance, group_count, row_tiles, segments
 from tenpak.codecs.rounding import Nearest, Rounding, from_json, require_rounding
@@ -131,6 +133,21 @@ class Uniform(Codec):
         weight = torch.empty((flat.numel(), prepared.shape[1]), dtype=torch.float32, device=tensors["codes"].device)
         self._expand(chosen, weight)
         return weight.view(*indices.shape, prepared.shape[1])
+
+    def tunable(self, payload: Payload) -> TunableFields:
+        """Scales and offsets are continuous."""
+        tensors, columns = self.checked(payload), payload.shape[1]
+        codes = unpack(tensors["codes"], self.bits, columns).float()
+        steps = tensors["scales"].float().abs()
+        if self.symmetric:
+            codes -= 1 << (self.bits - 1)
+
+        def weight(values: Mapping[str, Tensor]) -> Tensor:
+            scaled = codes * over_columns(values["scales"], self.group, columns)
+            return scaled if self.symmetric else scaled + over_columns(values["offsets"], self.group, columns)
+
+        units = {"scales": steps} if self.symmetric else {"scales": steps, "offsets": steps * 2 ** (self.bits - 1)}
+        return TunableFields(payload, units, weight)
 
     def _expand(self, tensors: dict[str, Tensor], out: Tensor) -> None:
         """Decode the rows held by ``tensors`` into ``out``, FP32 ``[rows, in]``."""

@@ -22,6 +22,7 @@ al. 2014, arXiv 1412.6115), where all vectors count the same, or as much as they
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -31,6 +32,7 @@ from torch import Tensor
 from tenpak.codecs.base import Codec, Field, Payload, Statistics, require_matrix
 from tenpak.codecs.codebook_fit import Plan, fit
 from tenpak.codecs.codebooks import DIMENSIONS, ENTRIES, expand, packed, vector_count
+from tenpak.codecs.fields_tuning import TunableFields
 from tenpak.codecs.grouping import row_tiles
 from tenpak.codecs.validation import require_bool, require_choice, require_integer, require_number
 from tenpak.errors import MissingStatisticsError
@@ -146,6 +148,18 @@ class Vector(Codec):
         scales = tensors["scales"][flat] if self.scaled else None
         self._expand(tensors["codes"][flat], scales, tensors["codebook"], weight)
         return weight.view(*indices.shape, prepared.shape[1])
+
+    def tunable(self, payload: Payload) -> TunableFields:
+        """The codebook is continuous, and scales where rows have them."""
+        tensors, (rows, columns) = self.checked(payload), payload.shape
+        codes = unpack(tensors["codes"], self._bits, vector_count(columns, self.dimension)).int()
+
+        def weight(values: Mapping[str, Tensor]) -> Tensor:
+            vectors = values["codebook"].index_select(0, codes.flatten()).view(rows, -1)[:, :columns]
+            return vectors * values["scales"].unsqueeze(1) if self.scaled else vectors
+
+        units = {"scales": tensors["scales"].float().abs()} if self.scaled else {}
+        return TunableFields(payload, {**units, "codebook": tensors["codebook"].float().square().mean().sqrt()}, weight)
 
     def _expand(self, stream: Tensor, scales: Tensor | None, codebook: Tensor, out: Tensor) -> None:
         """Decode rows into ``out``, FP32 ``[rows, in]``."""

@@ -82,6 +82,12 @@ def collect(model: Path, text: Path, folder: Path) -> dict[str, float]:
             found = tenpak("calibrate", model, "-o", folder / method, *map(str, read), *flags, "--overwrite")
             times.append(found["seconds"])
         seconds[method] = sorted(times)[1]
+    keep_diagonal(folder)
+    return seconds
+
+
+def keep_diagonal(folder: Path) -> None:
+    """Copy the statistics in ``full`` to ``diagonal``, with only the diagonals of Hessians left."""
     shutil.copytree(folder / "full", folder / "diagonal")
     for path in (folder / "diagonal").glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
@@ -91,7 +97,6 @@ def collect(model: Path, text: Path, folder: Path) -> dict[str, float]:
             for name, value in load_file(path).items()
         }
         save_file(tensors, path, metadata)
-    return seconds
 
 
 def measure(row: str, recipe: str, options: tuple[str, ...], model: Path, folder: Path) -> dict[str, Any]:

@@ -25,22 +25,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ablation import collect
+from ablation import keep_diagonal
 from quality import TOKENS, WINDOW, shared, tenpak
 
 MODEL = "babyllama-tok105-0.94m"
 NNCODEC = "2.1.3"
-STEPS_OF_NNCODEC = (-22, -26, -30, -34, -38, -42, -46)  # its quantization parameter
-BITS = (2, 3, 4, 5, 6, 8)
+STEPS_OF_NNCODEC = (-22, -28, -34, -40, -46)  # its quantization parameter
+BITS = (2, 3, 4, 6, 8)
+FEW_TOKENS = 16_384  # of calibration, where ingredients are compared
 STEP = 0.000628  # of the base, about twelve times smaller
-TUNING = (0, 60, 120, 240, 480)
+TUNING = (60, 240)
 
 # Row → words behind the step, options.
 INGREDIENTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "all (the base)": ("", ()),
-    "128 states": (":states=128", ()),
     "32 states": (":states=32", ()),
-    "16 states": (":states=16", ()),
     "8 states": (":states=8", ()),
     "4 states": (":states=4", ()),
     "1 state: a uniform quantizer": (":states=1", ()),
@@ -48,9 +47,8 @@ INGREDIENTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "blocks see their own inputs, targets uncorrected": ("", ("--propagation", "own")),
     "no propagation": ("", ("--propagation", "none")),
     "no propagation, diagonal of the Hessian: no feedback": ("", ("--statistics", "diagonal")),
-    "no propagation, curvature guessed from names": ("", ("--statistics", "fast")),
     "no data": (":datafree", ()),
-    **{f"tuned, at most {steps} steps": ("", ("--tune", str(steps))) for steps in TUNING if steps},
+    **{f"tuned, at most {steps} steps": ("", ("--tune", str(steps))) for steps in TUNING},
 }
 DATA_FREE_STEP = 0.30  # in units of weights, not of the loss
 
@@ -61,7 +59,7 @@ def run() -> Iterator[dict[str, Any]]:
     methods: dict[str, list[dict[str, Any]]] = {}
     for name, points in frontier().items():
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            methods[name] = list(pool.map(partial(measured, model, texts), points))
+            methods[name] = list(pool.map(partial(tenpak_run, model, texts), points))
         yield {"model": MODEL, "window": WINDOW, "calibration_tokens": TOKENS, "methods": methods}
     methods["nncodec"] = nncodec(model, texts / "tinystories_eval.txt")
     yield {"model": MODEL, "window": WINDOW, "calibration_tokens": TOKENS, "methods": methods}
@@ -74,7 +72,7 @@ def frontier() -> dict[str, list[tuple[str, ...]]]:
         return "--recipe", recipe, "--set", f"*={recipe}"
 
     return {
-        "trellis": [("--bpw", f"{bits:g}", "--tune", "0") for bits in (2, 2.5, 3, 3.5, 4, 5, 6, 8)],
+        "trellis": [("--bpw", f"{bits:g}", "--tune", "0") for bits in (2, 3, 4, 6, 8)],
         "gptq": [everywhere(f"gptq-int{bits}:g32") for bits in BITS],
         "nearest": [everywhere(f"int{bits}:g32") for bits in BITS],
         "normalfloat": [everywhere(f"nf{bits}:g64") for bits in (2, 3, 4)],
@@ -85,25 +83,28 @@ def run_ingredients() -> dict[str, Any]:
     """The base and all that differ from it in one thing."""
     model, texts = shared() / "models" / MODEL, shared() / "data"
     with tempfile.TemporaryDirectory(prefix="tenpak-ingredients-") as folder:
-        collect(model, texts / "tinystories_train.txt", Path(folder))
+        read = ("--calibration-tokens", str(FEW_TOKENS), "--calibration-window", str(WINDOW))
+        text = texts / "tinystories_train.txt"
+        tenpak("calibrate", model, "-o", Path(folder) / "full", "--calibration", text, *read)
+        keep_diagonal(Path(folder))
         tasks = [(name, factor) for name in INGREDIENTS for factor in (0.93, 1.07)]
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             found = list(pool.map(lambda task: ingredient(model, texts, Path(folder), *task), tasks))
-        base = tenpak_run(model, texts, recipe(STEP, ""))
+        base = tenpak_run(model, texts, recipe(STEP, ""), FEW_TOKENS)
     rows: dict[str, Any] = {}
     for (name, _), point in zip(tasks, found, strict=True):
         rows.setdefault(name, {"points": []})["points"].append(point)
     for row in rows.values():
         row["kl"] = read_off(row["points"], base["bytes"])
-    return {"model": MODEL, "window": WINDOW, "calibration_tokens": TOKENS, "bytes": base["bytes"], "rows": rows}
+    return {"model": MODEL, "window": WINDOW, "calibration_tokens": FEW_TOKENS, "bytes": base["bytes"], "rows": rows}
 
 
 def ingredient(model: Path, texts: Path, statistics: Path, name: str, factor: float) -> dict[str, Any]:
     """A row at one step."""
     words, options = INGREDIENTS[name]
     step = factor * (DATA_FREE_STEP * weight_scale(model) if "datafree" in words else STEP)
-    given = tuple(str(statistics / word) if word in ("diagonal", "fast") else word for word in options)
-    return tenpak_run(model, texts, (*recipe(step, words), *given))
+    given = tuple(str(statistics / word) if word == "diagonal" else word for word in options)
+    return tenpak_run(model, texts, (*recipe(step, words), *given), FEW_TOKENS)
 
 
 def recipe(step: float, words: str) -> tuple[str, ...]:
@@ -124,13 +125,9 @@ def read_off(points: list[dict[str, Any]], at: int) -> float:
     return math.exp(y0 + (y1 - y0) * (at - x0) / (x1 - x0))
 
 
-def measured(model: Path, texts: Path, options: tuple[str, ...]) -> dict[str, Any]:
-    return tenpak_run(model, texts, options)
-
-
-def tenpak_run(model: Path, texts: Path, options: tuple[str, ...]) -> dict[str, Any]:
+def tenpak_run(model: Path, texts: Path, options: tuple[str, ...], tokens: int = TOKENS) -> dict[str, Any]:
     """Compress and evaluate, each in a process of its own."""
-    read = ["--calibration-tokens", str(TOKENS), "--calibration-window", str(WINDOW)]
+    read = ["--calibration-tokens", str(tokens), "--calibration-window", str(WINDOW)]
     if "--statistics" not in options:  # with a text its blocks would be followed
         read += ["--calibration", str(texts / "tinystories_train.txt")]
     with tempfile.TemporaryDirectory(prefix="tenpak-frontier-") as folder:

@@ -39,7 +39,7 @@ from tenpak.checkpoint.source import Checkpoint
 from tenpak.checkpoint.structure import Weight, build_meta_model
 from tenpak.errors import CalibrationError
 
-__all__ = ["OUTSIDE", "Reader", "Skeleton"]
+__all__ = ["OUTSIDE", "Reader", "Skeleton", "find_blocks"]
 
 OUTSIDE = -1
 """The part of a model that belongs to no block."""
@@ -127,7 +127,7 @@ class Skeleton:
         for module in model.modules():
             if hasattr(module, "config") and hasattr(module.config, "_experts_implementation"):
                 module.config._experts_implementation = "eager"  # the one that multiplies expert by expert
-        path, blocks = _find_blocks(model)
+        path, blocks = find_blocks(model)
         made = cls(checkpoint, tuple(weights), model, path, blocks, dtype)
         made._connect()
         return made
@@ -383,8 +383,12 @@ class Skeleton:
             module._buffers[name] = value
 
 
-def _find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
-    """The module list with the most parameters; of equal ones the outermost, which comes first."""
+def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
+    """Path and modules of the list with the most parameters; of equal ones the outermost, which comes first.
+
+    Raises:
+        CalibrationError: the model has no list of modules.
+    """
     modules = model.named_modules()
     lists = [(name, module) for name, module in modules if isinstance(module, nn.ModuleList) and len(module)]
     if not lists:

@@ -35,7 +35,7 @@ from tenpak.codecs.grouping import TILE, column_importance, row_importance
 from tenpak.codecs.nesting import inner_payload, joined, joined_fields, require_inner, split
 from tenpak.codecs.patterns import base_patterns, discover, match, to_blocks
 from tenpak.codecs.validation import require_bool, require_integer
-from tenpak.errors import InvalidPayloadError, MissingStatisticsError, RecipeError
+from tenpak.errors import CodecError, InvalidPayloadError, MissingStatisticsError, RecipeError
 from tenpak.kernels import pack, packed_size, unpack
 
 __all__ = ["Pattern"]
@@ -130,16 +130,57 @@ class Pattern(Codec):
         """
         require_matrix(weight)
         layout = self._layout((weight.shape[0], weight.shape[1]))
+        found = discover(to_blocks(weight.detach(), self.size), layout.learned, self.seed)
+        return self.encode_with(weight, found.half().view(-1, self.size, self.size), statistics)
+
+    def encode_with(self, weight: Tensor, patterns: Tensor, statistics: Statistics | None = None) -> Payload:
+        """Encode ``weight`` with patterns that are given in place of those found in it, so that weights share them.
+
+        Args:
+            weight: finite floating-point matrix ``[out, in]``.
+            patterns: finite FP16 ``[n, size, size]``, at least as many as ``shared`` gives; others are not used.
+            statistics: as for ``encode``.
+
+        Raises:
+            CodecError: as ``encode``; or there are fewer patterns, or of another size.
+            MissingStatisticsError: as ``encode``.
+        """
+        require_matrix(weight)
+        layout = self._layout((weight.shape[0], weight.shape[1]))
         blocks = to_blocks(weight.detach(), self.size)
-        own = {}
-        if layout.learned:
-            found = discover(blocks, layout.learned, self.seed).half().to(weight.device)
-            own["patterns"] = found.view(-1, self.size, self.size)
+        given = self.shared(patterns, (weight.shape[0], weight.shape[1])).to(weight.device)
+        own = {"patterns": given} if layout.learned else {}
         table = self._table(own, weight.device)
         ids, scales = match(blocks, self._weights(weight, statistics), table.flatten(1), layout.terms)
         own["codes"] = _packed(_by_term(ids, layout), layout.bits)
         # A border where nothing counts, or a block of zeros, has any pattern, and a scale that says so.
         return self.payload(weight, joined(own, _PREFIX, self.scales.encode(_by_term(scales, layout))))
+
+    def shared(self, patterns: Tensor, shape: tuple[int, int]) -> Tensor:
+        """Those of common patterns ``[n, size, size]`` that the payload of a weight of this shape holds: the first.
+
+        Raises:
+            CodecError: there are too few, or they are of another size.
+        """
+        wanted = self._layout(shape).learned
+        if tuple(patterns.shape[1:]) != (self.size, self.size) or len(patterns) < wanted:
+            raise CodecError(
+                f"{self.id} of size {self.size} needs {wanted} patterns for a weight {shape}, got"
+                f" {tuple(patterns.shape)}",
+                hint="use the dictionary that the weights were compressed with, or one of that size",
+            )
+        return patterns[:wanted]
+
+    def references(self, payload: Payload) -> tuple[Tensor, Tensor]:
+        """What each block is made of: places of patterns int64, base ones first, and scales FP32, ``[blocks, terms]``.
+
+        Raises:
+            InvalidPayloadError: as ``decode``.
+        """
+        layout, own, scales = self._split(payload)
+        ids = _unpacked(own["codes"], layout, layout.patterns)
+        values = self.scales.decode(scales).view(ids.shape)
+        return ids.transpose(1, 2).flatten(0, 1), values.transpose(1, 2).flatten(0, 1)
 
     def decode(self, payload: Payload) -> Tensor:
         """The weight, FP32 ``[out, in]``."""

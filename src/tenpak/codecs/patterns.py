@@ -19,10 +19,9 @@ Sums are made in an order that does not depend on the number of threads.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from threading import Lock
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -30,7 +29,7 @@ from torch import Tensor
 from tenpak.errors import CodecError
 from tenpak.kernels.parallel import each, one_thread
 
-__all__ = ["BlockCache", "Match", "PatternDictionary", "base_patterns", "discover", "match", "to_blocks"]
+__all__ = ["Match", "PatternDictionary", "base_patterns", "discover", "match", "to_blocks"]
 
 _SAMPLES = 64  # blocks per pattern that clustering looks at; four times as many lowered an error by a hundredth
 _MOST_SAMPLES = 1 << 16  # of them, where that leaves four per pattern: thousands of patterns would take minutes
@@ -196,7 +195,7 @@ class PatternDictionary:
     """At most so many patterns of one size, by id; it grows by discovery and forgets what is least used.
 
     Ids are never given twice, so a reference to a pattern that was evicted is an error and not another pattern. Base
-    patterns, which cannot be found again in the weights, stay.
+    patterns, which cannot be found again in the weights, stay. Patterns are of FP16 values, as they are stored.
 
     Args:
         size: of the patterns, ``[size, size]``; 2 to 32.
@@ -216,8 +215,35 @@ class PatternDictionary:
         self.size, self.max_patterns = size, max_patterns
         known = base_patterns(size, max_patterns if base is None else min(base, max_patterns))
         self._patterns: dict[int, Tensor] = dict(enumerate(known))
-        self._base = self._next = len(known)
+        self.base = self._next = len(known)
         self._uses: dict[int, int] = dict.fromkeys(self._patterns, 0)
+
+    @classmethod
+    def restored(
+        cls, size: int, max_patterns: int, base: int, found: Mapping[int, Tensor], uses: Sequence[int], next_id: int
+    ) -> Self:
+        """A dictionary as it was: patterns that were added, FP16 ``[size, size]`` by id, and the uses of all.
+
+        Raises:
+            CodecError: sizes or numbers are out of range or contradict each other.
+        """
+        made = cls(size, max_patterns, base)
+        shapes = all(
+            tuple(p.shape) == (size, size) and bool(p.isfinite().all()) and bool(p.any()) for p in found.values()
+        )
+        rising = [made._next - 1, *found, next_id] == sorted({made._next - 1, *found, next_id})
+        if (
+            not shapes
+            or not rising
+            or len(made) + len(found) not in range(max_patterns + 1)
+            or min(uses, default=0) < 0
+        ):
+            raise CodecError(
+                f"a dictionary of {max_patterns} patterns of size {size} cannot hold these", hint="its file is damaged"
+            )
+        made._patterns |= {pattern: values.float() for pattern, values in found.items()}
+        made._uses, made._next = dict(zip(made._patterns, uses, strict=True)), next_id
+        return made
 
     def __len__(self) -> int:
         return len(self._patterns)
@@ -235,10 +261,28 @@ class PatternDictionary:
         """Bytes that the patterns take in memory."""
         return 4 * self.size * self.size * len(self._patterns)
 
+    @property
+    def next_id(self) -> int:
+        """The id that the next pattern will get."""
+        return self._next
+
+    @property
+    def found(self) -> Tensor:
+        """The patterns that were added, FP16 ``[n, size, size]``, in the order of their ids."""
+        rows = [values for pattern, values in self._patterns.items() if pattern >= self.base]
+        return torch.stack(rows).half() if rows else torch.zeros(0, self.size, self.size, dtype=torch.float16)
+
     def uses(self, pattern: int) -> int:
-        """How often a pattern was the best match."""
+        """How often a pattern was used."""
         self.get(pattern)
         return self._uses[pattern]
+
+    def count(self, places: Tensor) -> None:
+        """Count patterns as used, by their places among ``ids``, int64 of any shape."""
+        for pattern, times in zip(
+            self._uses, torch.bincount(places.flatten(), minlength=len(self)).tolist(), strict=True
+        ):
+            self._uses[pattern] += times
 
     def get(self, pattern: int) -> Tensor:
         """The pattern of an id, FP32 ``[size, size]``.
@@ -267,7 +311,7 @@ class PatternDictionary:
         if len(self) >= self.max_patterns:
             self._evict()
         unit = _unit((pattern.detach().float().cpu() / largest).view(1, -1)).view(self.size, self.size) * self.size
-        self._patterns[self._next], self._uses[self._next] = unit, 0
+        self._patterns[self._next], self._uses[self._next] = unit.half().float(), 0
         self._next += 1
         return self._next - 1
 
@@ -308,10 +352,8 @@ class PatternDictionary:
         """
         table = torch.stack(list(self._patterns.values())).flatten(1)
         places, scales = match(targets.detach().float().cpu().flatten(1), None, table, min(terms, len(self)))
-        known = torch.tensor(self.ids)
-        for place, count in enumerate(torch.bincount(places.flatten(), minlength=len(self)).tolist()):
-            self._uses[int(known[place])] += count
-        return known[places], scales
+        self.count(places)
+        return torch.tensor(self.ids)[places], scales
 
     def synthesize(self, ids: Tensor, scales: Tensor) -> Tensor:
         """Σ scale·pattern, FP32 ``[n, size, size]``; ``ids`` and ``scales`` are ``[n, terms]``.
@@ -319,58 +361,22 @@ class PatternDictionary:
         Raises:
             CodecError: an id is not in the dictionary.
         """
+        known = torch.tensor(self.ids)  # in ascending order
+        places = torch.searchsorted(known, ids.contiguous()).clamp_max(len(known) - 1)
+        if not torch.equal(known[places], ids):
+            self.get(int(ids[known[places] != ids][0]))
+        table = torch.stack(list(self._patterns.values()))
         blocks = torch.zeros(len(ids), self.size, self.size)
-        for pattern in torch.unique(ids).tolist():
-            blocks += (scales * (ids == pattern)).sum(1)[:, None, None] * self.get(pattern)
+        for term in range(ids.shape[1]):
+            blocks += scales[:, term, None, None] * table[places[:, term]]
         return blocks
 
     def _evict(self) -> None:
         """Forget the pattern that was used least, of those the oldest."""
-        others = [pattern for pattern in self._patterns if pattern >= self._base]
+        others = [pattern for pattern in self._patterns if pattern >= self.base]
         if not others:
             raise CodecError(
                 f"the dictionary is full of base patterns ({len(self)})", hint="allow more patterns, or fewer base ones"
             )
         least = min(others, key=lambda pattern: (self._uses[pattern], pattern))
         del self._patterns[least], self._uses[least]
-
-
-class BlockCache:
-    """Synthesized weights, of which the least recently used are dropped beyond ``max_bytes``; safe among threads.
-
-    Args:
-        max_bytes: that it may hold.
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes, self.nbytes, self.hits, self.misses = max_bytes, 0, 0, 0
-        self._held: OrderedDict[Hashable, Tensor] = OrderedDict()
-        self._lock = Lock()
-
-    def __len__(self) -> int:
-        return len(self._held)
-
-    def get(self, key: Hashable, synthesize: Callable[[], Tensor]) -> Tensor:
-        """What is held as ``key``, made by ``synthesize`` where it is not; kept unless it alone is too large."""
-        with self._lock:
-            if key in self._held:
-                self.hits += 1
-                self._held.move_to_end(key)
-                return self._held[key]
-            self.misses += 1
-        made = synthesize()  # outside of the lock: others need not wait
-        size = made.numel() * made.element_size()
-        with self._lock:
-            if key not in self._held and size <= self.max_bytes:
-                self._held[key] = made
-                self.nbytes += size
-                while self.nbytes > self.max_bytes:
-                    _, dropped = self._held.popitem(last=False)
-                    self.nbytes -= dropped.numel() * dropped.element_size()
-        return made
-
-    def clear(self) -> None:
-        """Drop everything."""
-        with self._lock:
-            self._held.clear()
-            self.nbytes = 0

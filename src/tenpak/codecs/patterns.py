@@ -232,12 +232,8 @@ class PatternDictionary:
             tuple(p.shape) == (size, size) and bool(p.isfinite().all()) and bool(p.any()) for p in found.values()
         )
         rising = [made._next - 1, *found, next_id] == sorted({made._next - 1, *found, next_id})
-        if (
-            not shapes
-            or not rising
-            or len(made) + len(found) not in range(max_patterns + 1)
-            or min(uses, default=0) < 0
-        ):
+        counts = len(uses) == len(made) + len(found) <= max_patterns and min(uses, default=0) >= 0
+        if not shapes or not rising or not counts:
             raise CodecError(
                 f"a dictionary of {max_patterns} patterns of size {size} cannot hold these", hint="its file is damaged"
             )

@@ -146,14 +146,13 @@ class _Block:
         waiting = {name: modules[name] for name in names}
         first = self._sums(waiting, self.calls[:1])
         steps = [[path for path, _ in keys] for _, keys in first.groups()]
+        if rest := sorted(set(waiting).difference(*steps)):  # experts that the first batch has no token for
+            steps.append(rest)
         made = {}
         for step in steps:
             known = self._sums({name: waiting[name] for name in step}, self.calls).statistics()
             for name in step:
-                made[name] = self._encoded(name, waiting[name], known[name, 0])
-        for name, module in waiting.items():
-            if name not in made:  # no text came here
-                made[name] = self._encoded(name, module, None)
+                made[name] = self._encoded(name, waiting[name], known.get((name, 0)))
         return made
 
     def outputs(self, index: int) -> list[Tensor]:
@@ -169,6 +168,7 @@ class _Block:
         transposed = isinstance(module, Conv1D)
         weight = module.weight.detach()
         matrix = weight.T.contiguous() if transposed else weight
+        # To nearest where no text came.
         codec = self.codec if known is not None else replace(self.codec, rounding=Nearest())
         with naming(name):
             payload = codec.encode(matrix, known)

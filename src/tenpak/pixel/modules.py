@@ -1,6 +1,6 @@
 """Modules that synthesize their weights on demand, as many at a time as fit a cache that is bounded in bytes.
 
-A product is made tile by tile of output rows, at most 16 MiB of synthesized weights each, so memory is that of the
+A product is made tile by tile of output rows, at most 4 MiB of synthesized weights each, so memory is that of the
 cache and of a tile or two, however large the layer is. Patterns are held once for all modules that share a dictionary,
 and what they add to a module are codes and scales.
 """
@@ -28,7 +28,7 @@ from tenpak.pixel.tensors import measured
 
 __all__ = ["PIXELLinear", "PIXELMemory", "PatternAttention", "memory_held", "replace_linear_layers"]
 
-_TILE_BYTES = 16 << 20
+_TILE_BYTES = 4 << 20
 _SHARED = "patterns"
 _keys = itertools.count()
 
@@ -197,7 +197,7 @@ def replace_linear_layers(
 ) -> dict[str, float]:
     """Replace the linear layers (and Conv1D) of a module by ``PIXELLinear``, in place; they share patterns and cache.
 
-    Layers whose weight is also an embedding, subclasses with a ``forward`` of their own and what is no module (stacked
+    Layers whose weight is also an embedding, subclasses that do more than multiply, and what is no module (stacked
     experts) stay.
 
     Args:
@@ -219,7 +219,7 @@ def replace_linear_layers(
     found = {
         name: module
         for name, module in model.named_modules()
-        if name and type(module) in (nn.Linear, Conv1D) and id(module.weight) not in looked_up
+        if name and _is_linear(module) and id(module.weight) not in looked_up
     }
     if not found:
         raise CodecError(
@@ -232,10 +232,24 @@ def replace_linear_layers(
         with naming(name):
             made[id(module)], errors[name] = PIXELLinear._encoded(module, encoder, shared, cache)
     for parent in list(model.modules()):
-        for attribute, child in list(parent.named_children()):
+        for attribute, child in list(parent._modules.items()):  # one may be there twice
             if id(child) in made:
                 setattr(parent, attribute, made[id(child)])
     return errors
+
+
+@torch.no_grad()
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer and nothing else; of a subclass an example tells."""
+    if type(module) in (nn.Linear, Conv1D):
+        return True
+    if not isinstance(module, nn.Linear) or module.weight.is_meta or set(module.state_dict()) - {"weight", "bias"}:
+        return False
+    x = torch.linspace(-1, 1, 3 * module.in_features).view(3, -1).to(module.weight)
+    try:
+        return torch.allclose(module(x), nn.functional.linear(x, module.weight, module.bias), rtol=1e-3, atol=1e-3)
+    except Exception:  # its forward may ask for anything
+        return False
 
 
 class PatternAttention(nn.Module):

@@ -28,7 +28,7 @@ from tenpak.checkpoint.source import TORCH_DTYPES, dtype_name
 from tenpak.codecs import registry
 from tenpak.codecs.base import Payload
 from tenpak.codecs.pattern import Pattern
-from tenpak.errors import CodecError, InvalidPayloadError, TenpakError
+from tenpak.errors import CodecError, InvalidPayloadError, UnknownCodecError
 from tenpak.pixel.files import About, damaged, file_bytes, read_file, write_file
 
 __all__ = ["CompressedTensor", "CompressedTensors", "PatternRefs", "decoded", "measured"]
@@ -193,7 +193,7 @@ class CompressedTensors:
 
         Raises:
             CorruptArtifactError: it is no such file, or was changed since it was written.
-            UnknownCodecError, RecipeError: this tenpak does not have one of its codecs.
+            UnknownCodecError: this tenpak does not have one of its codecs.
         """
         tensors, about = read_file(path, _About)
         dense = {}
@@ -208,17 +208,15 @@ class CompressedTensors:
             if not part.isdecimal() or name not in about.weights or int(part) >= len(about.weights[name].codecs):
                 raise damaged(path, f"nothing is said about its tensor {key!r}")
             parts[name, int(part)][rest.partition(":")[0]] = tensor
-        try:
-            weights = {
-                name: entry.restored([parts[name, part] for part in range(len(entry.codecs))], shared)
-                for name, entry in about.weights.items()
-            }
-        except (CodecError, KeyError) as error:
-            if isinstance(error, LookupError | ValueError) and isinstance(error, TenpakError):
-                raise  # a codec that is not there
-            raise damaged(path, str(error)) from error
-        if shared is not None and not set(range(len(shared))) <= set(range(len(about.pattern_ids))):
-            raise damaged(path, "it holds more patterns than ids")
+        weights = {}
+        for name, entry in about.weights.items():
+            try:
+                of_it = [parts[name, part] for part in range(len(entry.codecs))]
+                weights[name] = entry.restored(of_it, shared, len(about.pattern_ids))
+            except UnknownCodecError:
+                raise
+            except CodecError as error:
+                raise damaged(path, f"{name}: {error}") from error
         if not set(about.tied.values()) <= {*weights, *dense}:
             raise damaged(path, "a tensor is tied to one that is not there")
         return cls(weights, dense, about.tied, shared, about.pattern_ids)
@@ -242,12 +240,13 @@ class CompressedTensors:
 
 
 _Natural = Annotated[int, Field(ge=0, lt=2**62)]
+_Positive = Annotated[int, Field(ge=1, lt=2**62)]
 
 
 class _Entry(About):
     """A compressed tensor without its data."""
 
-    shape: Annotated[tuple[_Natural, ...], Field(min_length=2, max_length=8)]
+    shape: Annotated[tuple[_Positive, ...], Field(min_length=2, max_length=8)]
     dtype: str
     transposed: bool
     error: float
@@ -266,16 +265,26 @@ class _Entry(About):
             codecs=tuple(dict(payload.codec) for payload in weight.payloads),
         )
 
-    def restored(self, parts: list[dict[str, Tensor]], shared: Tensor | None) -> CompressedTensor:
-        """The tensor of these payloads' tensors."""
+    def restored(self, parts: list[dict[str, Tensor]], shared: Tensor | None, ids: int) -> CompressedTensor:
+        """The tensor of these payloads' tensors, where so many patterns have an id.
+
+        Raises:
+            CodecError: the entry contradicts itself or the patterns that are shared.
+        """
+        dtype = TORCH_DTYPES.get(self.dtype)
+        if dtype is None or not dtype.is_floating_point:
+            raise CodecError(f"{self.dtype} is no dtype of a weight")
         rows, columns = math.prod(self.shape[:-1]), self.shape[-1]
         matrix = (columns, rows) if self.transposed else (rows, columns)
         payloads = []
         for config, tensors in zip(self.codecs, parts, strict=True):
             codec = registry.from_json(config)
-            if shared is not None and isinstance(codec, Pattern) and len(given := codec.shared(shared, matrix)):
-                tensors = {_SHARED: given, **tensors}
-            payloads.append(Payload(codec.to_json(), matrix, TORCH_DTYPES[self.dtype], tensors))
+            if shared is not None and isinstance(codec, Pattern):
+                if codec.made + codec.learned != ids:
+                    raise CodecError(f"{ids} patterns have an id, of {codec.made + codec.learned}")
+                given = codec.shared(shared, matrix)
+                tensors = {_SHARED: given, **tensors} if len(given) else tensors
+            payloads.append(Payload(codec.to_json(), matrix, dtype, tensors))
         return CompressedTensor(tuple(payloads), self.shape, self.transposed, self.error, self.energy)
 
 

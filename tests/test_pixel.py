@@ -285,7 +285,6 @@ def test_sealed_lies_are_found(tmp_path: Path) -> None:
         (stored, {"pattern_ids": (1,)}),
         (stored, {"weights": {"w": {**weight, "dtype": "F12"}}}),
         (stored, {"weights": {"w": {**weight, "dtype": "I64"}}}),
-        (stored, {"weights": {"w": {**weight, "shape": (0, 4)}}}),
         (stored, {"weights": {"w": {**weight, "codecs": ({"id": "none/1"},)}}}),
         (stored, {"weights": {"w": {**weight, "codecs": ({"id": "uniform/1", "bits": 99},)}}}),
     ):

@@ -319,3 +319,20 @@ def test_the_cache_holds_so_many_bytes_and_no_more() -> None:
     assert (len(cache), cache.nbytes) == (3, 192)
     cache.clear()
     assert (len(cache), cache.nbytes) == (0, 0)
+
+
+def test_patterns_that_are_given() -> None:
+    """Those that encoding would find give its payload; too few, or of another size, are refused."""
+    weight, codec = weights(33, 50), Pattern(4, 16, terms=2)
+    payload = codec.encode(weight)
+    patterns = payload.tensors["patterns"]
+    again = codec.encode_with(weight, torch.cat((patterns, patterns)))
+    assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in payload.tensors.items())
+    assert codec.encode_with(weights(4, 8), patterns).tensors["patterns"].equal(patterns[:2])
+    places, scales = codec.references(payload)
+    table = torch.cat((base_patterns(4), patterns.float()))
+    blocks = (table[places] * scales[..., None, None]).sum(1)
+    torch.testing.assert_close(to_blocks(codec.decode(payload), 4)[0].view(4, 4), blocks[0])
+    for wrong in (patterns[:15], patterns[:, :3], torch.zeros(16, 3, 3)):
+        with pytest.raises(CodecError, match="needs 16 patterns"):
+            codec.encode_with(weight, wrong)

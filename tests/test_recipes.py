@@ -9,15 +9,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tenpak.codecs.additive import Additive
 from tenpak.codecs.base import Codec
 from tenpak.codecs.channelscaled import ChannelScaled
 from tenpak.codecs.dense import Dense
+from tenpak.codecs.entropycoded import EntropyCoded
+from tenpak.codecs.lowrank import LowRank
 from tenpak.codecs.normalfloat import NormalFloat
+from tenpak.codecs.pattern import Pattern
 from tenpak.codecs.residual import Residual
 from tenpak.codecs.rotated import Rotated
 from tenpak.codecs.rounding import Gptq, Nearest
+from tenpak.codecs.sparse24 import Sparse24
 from tenpak.codecs.trellis import Trellis
 from tenpak.codecs.uniform import Uniform
+from tenpak.codecs.vector import Vector
 from tenpak.errors import RecipeError, UnknownCodecError
 from tenpak.kernels.core import STATES
 from tenpak.recipes import PRESETS, format, parse, parse_overrides
@@ -86,6 +92,32 @@ from tenpak.recipes import PRESETS, format, parse, parse_overrides
         ("trellis:2:damp=1:datafree:states=1", Trellis(2.0, 1, False, damping=1.0)),
         ("trellis:0.01:datafree+int4:g16", Residual(Trellis(0.01, calibrated=False), Uniform(4, 16))),
         ('{"id": "trellis/1", "step": 1}', Trellis(1.0)),
+        ("ec-int4:g32", EntropyCoded(Uniform(4, 32))),
+        (" EC-int4 + nf2 ", EntropyCoded(Residual(Uniform(4), NormalFloat(2)))),
+        ("int4:search+int2:search ~ 5", Residual(Uniform(4, search=True), Uniform(2, search=True), 5)),
+        ("ec-int4+nf2+fp16~1", EntropyCoded(Residual(Uniform(4), Residual(NormalFloat(2), Dense("float16")), 1))),
+        ("int4-residual~2", Residual(Uniform(4, 16), Uniform(2, 16), 2)),
+        ("sparse24-int4", Sparse24(Uniform(4, 128))),
+        ("sparse24-wanda-nf4:g64:learned", Sparse24(NormalFloat(4, 64, "learned"), "wanda")),
+        ("sparse24-gptq-int3:row:damp=0.1:sweeps=0", Sparse24(Uniform(3, None, True), "sparsegpt", 0.1, 0)),
+        ("sparse24-gptq-bf16:sweeps=1", Sparse24(Dense("bfloat16"), "sparsegpt", sweeps=1)),
+        ("lowrank32", LowRank(32, factor=Uniform(8, None, True))),
+        ("mag-lowrank8:fp16", LowRank(8, kind="magnitude", factor=Dense("float16"))),
+        ("plain-lowrank:bpw=2:int4", LowRank(bpw=2.0, kind="plain", factor=Uniform(4, 32))),
+        ("act-lowrank:energy=.9:fp32", LowRank(energy=0.9, kind="activation", factor=Dense("float32"))),
+        (
+            "lowrank:error=0.1:damp=0.1:norm",
+            LowRank(error=0.1, factor=Uniform(8, None, True), damping=0.1, norm_correction=True),
+        ),
+        ("pattern4", Pattern(4)),
+        ("pattern8x0:terms=3:base=9:scales=int8", Pattern(8, 0, 9, 3, Uniform(8, None, True))),
+        ("pattern2x9:calibrated:seed=5:scales=int4", Pattern(2, 9, scales=Uniform(4, 32), calibrated=True, seed=5)),
+        ("vq4x256", Vector(4, 256)),
+        ("vq8x1024:row:magnitude:rounds=0", Vector(8, 1024, True, "magnitude", 0)),
+        ("gptq-vq2x16:row:damp=0.1:seed=1", Vector(2, 16, True, "calibrated", damping=0.1, seed=1)),
+        ("aq2x8x256", Additive()),
+        ("aq1x4x16:datafree:beam=1:rounds=0:seed=2", Additive(1, 4, 16, False, 1, 0, seed=2)),
+        ("caldera:g64", parse("lowrank8:int4+gptq-int2:g64:search~10")),
         ("bf16", Dense("bfloat16")),
         ("fp16", Dense("float16")),
         ("fp32", Dense("float32")),
@@ -127,6 +159,14 @@ def test_parse(text: str, codec: Codec | None) -> None:
             '{"id":"channelscaled/1","inner":{"id":"trellis/1","step":1.0,"states":1,'
             '"calibrated":true,"rate_weight":0.3,"damping":0.01},"exponent":null}',
         ),
+        (EntropyCoded(Residual(Uniform(4, 16), Dense("float16"), 3)), "ec-int4:g16+fp16~3"),
+        (Residual(Vector(), Residual(Additive(), Uniform(4))), "vq4x256+aq2x8x256+int4:g32"),
+        (Sparse24(Uniform(4), "sparsegpt", sweeps=1), "sparse24-gptq-int4:g32:sweeps=1"),
+        (LowRank(bpw=2.5, kind="plain"), "plain-lowrank:bpw=2.5:fp16"),
+        (LowRank(32, factor=Uniform(8, None, True), norm_correction=True), "lowrank32:norm"),
+        (Pattern(4, terms=2, base=0), "pattern4x224:terms=2:base=0"),
+        (Vector(8, 16, True, "calibrated"), "gptq-vq8x16:row"),
+        (Additive(3, calibrated=False), "aq3x8x256:datafree"),
         (None, "dense"),
     ],
 )
@@ -146,12 +186,54 @@ stages = st.one_of(
         Trellis, st.floats(1e-12, 1e6), st.sampled_from(STATES), st.booleans(), st.floats(0, 2), st.floats(1e-6, 1)
     ),
 )
-exponents = st.none() | st.floats(0, 1)
+parts = st.sampled_from([Dense("float16"), Uniform(8, None, True), Uniform(4, 32), Uniform(4, 16), Dense("float32")])
+dampings, counts = st.floats(1e-6, 1), st.integers(0, 100)
+dimensions, entries = st.sampled_from([2, 4, 8, 16]), st.sampled_from([2**k for k in range(4, 17)])
 seeds = st.integers(0, 2**32 - 1)
+kinds = st.sampled_from(["plain", "magnitude", "activation", "whitened"])
+ranks = st.one_of(
+    st.fixed_dictionaries({"rank": st.integers(1, 8192)}),
+    st.fixed_dictionaries({"bpw": st.floats(1e-3, 64)}),
+    st.fixed_dictionaries({"energy": st.floats(1e-6, 1)}),
+    st.fixed_dictionaries({"error": st.floats(1e-4, 1)}),
+)
+nearest = st.one_of(
+    st.builds(Uniform, st.integers(2, 8), groups, st.booleans(), st.booleans()),
+    st.builds(NormalFloat, st.integers(2, 4), groups, st.sampled_from(["normal", "learned"])),
+    st.builds(Dense, st.sampled_from(["float32", "bfloat16", "float16"])),
+)
+stages = st.one_of(
+    stages,
+    st.builds(Sparse24, nearest, st.sampled_from(["magnitude", "wanda", "sparsegpt"])),
+    st.builds(Sparse24, nearest, st.just("sparsegpt"), dampings, counts),
+    st.builds(
+        lambda rank, kind, factor, damping, norm: LowRank(
+            **rank, kind=kind, factor=factor, damping=damping, norm_correction=norm
+        ),
+        *(ranks, kinds, parts, st.floats(0, 1), st.booleans()),
+    ),
+    st.builds(
+        Pattern,
+        *(st.integers(2, 32), st.integers(1, 999), st.none() | st.integers(0, 8), st.integers(1, 8)),
+        *(parts, st.booleans(), seeds),
+    ),
+    st.builds(
+        Vector,
+        *(dimensions, entries, st.booleans(), st.sampled_from(["equal", "magnitude", "calibrated"])),
+        *(counts, dampings, seeds),
+    ),
+    st.builds(
+        Additive,
+        *(st.integers(1, 4), dimensions, entries, st.booleans(), st.integers(1, 64), counts, dampings, seeds),
+    ),
+)
+exponents = st.none() | st.floats(0, 1)
 codecs = st.recursive(
     stages,
     lambda inner: st.one_of(
-        st.builds(Residual, inner, inner), st.builds(ChannelScaled, inner, exponents), st.builds(Rotated, inner, seeds)
+        st.builds(Residual, inner, inner, st.integers(0, 20)),
+        st.builds(ChannelScaled, inner, exponents),
+        st.builds(Rotated, inner, seeds),
     ),
     max_leaves=5,
 )
@@ -164,8 +246,10 @@ prefixed = st.one_of(
 
 
 @settings(deadline=None, max_examples=300, derandomize=True)
-@given(codecs | prefixed)
-def test_format_round_trips(codec: Codec) -> None:
+@given(codecs | prefixed | stages, st.booleans())
+def test_format_round_trips(codec: Codec, coded: bool) -> None:
+    if coded and codec.fields((1, 1)) is not None:
+        codec = EntropyCoded(codec)
     assert parse(format(codec)) == codec
     assert parse(json.dumps(codec.to_json())) == codec
 
@@ -184,6 +268,43 @@ trellis_text = st.builds(
         st.sampled_from(["1", "1e-3", "inf", "nan", "-1", "", "datafree", "states=8", "states=", "rate=1", "damp=0.1"])
     ),
 )
+stage_text = st.builds(
+    lambda prefix, heads, words, suffix: prefix + "+".join([*heads[:-1], ":".join([heads[-1], *words])]) + suffix,
+    st.sampled_from(["", "ec-", "plain-", "gptq-"]),
+    st.lists(
+        st.sampled_from(
+            ["sparse24-int4", "sparse24-gptq-fp16", "lowrank", "lowrank4", "pattern4x2", "vq4x16", "aq1x8x32", "int4"]
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+    st.lists(
+        st.sampled_from(
+            [
+                "g32",
+                "row",
+                "bpw=2",
+                "error=1",
+                "damp=0.1",
+                "int4",
+                "fp16",
+                "norm",
+                "terms=2",
+                "base=",
+                "scales=int8",
+                "magnitude",
+                "rounds=1",
+                "seed=3",
+                "datafree",
+                "beam=2",
+                "calibrated",
+                "sweeps=1",
+            ]
+        ),
+        max_size=3,
+    ),
+    st.sampled_from(["", "~", "~3", "~x", "~99"]),
+)
 preset_text = st.builds(lambda name, words: ":".join([name, *words]), st.sampled_from(sorted(PRESETS)), option_words)
 
 
@@ -194,6 +315,7 @@ preset_text = st.builds(lambda name, words: ":".join([name, *words]), st.sampled
     | prefix_text
     | preset_text
     | trellis_text
+    | stage_text
 )
 def test_any_text_is_a_recipe_or_a_recipe_error(text: str) -> None:
     try:
@@ -255,22 +377,22 @@ def test_any_text_is_a_recipe_or_a_recipe_error(text: str) -> None:
         ("trellis:", "is not trellis:STEP", "trellis:0.001"),
         ("trellis:fine", "is not trellis:STEP", "trellis:0.001"),
         ("trellis:datafree", "is not trellis:STEP", "datafree, states=, rate=, damp="),
-        ("trellis:0.01:0.02", "with options, each once", "datafree, states=, rate=, damp="),
-        ("trellis:0.01:states", "with options", "states="),
-        ("trellis:0.01:states=", "with options", "states="),
-        ("trellis:0.01:states=many", "with options", "states="),
-        ("trellis:0.01:g32", "with options", "datafree, states=, rate=, damp="),
-        ("trellis:0.01:datafree=1", "with options", "datafree"),
-        ("trellis:0.01:datafree:datafree", "each once", "datafree"),
-        ("trellis:0.01:damp=0.1:damp=0.1", "each once", "damp="),
-        ("int4+trellis:0.01:rate", "'int4\\+trellis:0.01:rate' is not trellis:STEP", "rate="),
+        ("trellis:0.01:0.02", "'0.02' is not an option", "datafree, states=, rate=, damp="),
+        ("trellis:0.01:states", "'states' is not an option", "states="),
+        ("trellis:0.01:states=", "states is a count", "states="),
+        ("trellis:0.01:states=many", "states is a count", "states="),
+        ("trellis:0.01:g32", "'g32' is not an option", "datafree, states=, rate=, damp="),
+        ("trellis:0.01:datafree=1", "'datafree=1' is not an option", "datafree"),
+        ("trellis:0.01:datafree:datafree", "datafree more than once", "one of them"),
+        ("trellis:0.01:damp=0.1:damp=0.1", "damp more than once", "one of them"),
+        ("int4+trellis:0.01:rate", "'rate' is not an option here, in recipe 'int4\\+trellis", "rate="),
         ("trellis:0", "step must be a number from 1e-12 to 1e\\+06, got 0.0", "1e-12"),
         ("trellis:nan", "is not trellis:STEP", "trellis:0.001"),
         ("trellis:inf", "step must be a number", "1e-12"),
         ("trellis:-0.1", "step must be a number", "1e-12"),
         ("trellis:0.01:states=3", "states must be one of 1, 4, 8, 16, 32, 64, 128, 256", "256"),
-        ("trellis:0.01:states=8.5", "states must be one of", "256"),
-        ("trellis:0.01:states=inf", "states must be one of", "256"),
+        ("trellis:0.01:states=8.5", "states is a count", "states=2"),
+        ("trellis:0.01:states=inf", "states is a count", "states=2"),
         ("trellis:0.01:rate=3", "rate_weight must be a number from 0 to 2, got 3", "0 to 2"),
         ("trellis:0.01:damp=0", "damping must be a number from 1e-06 to 1", "1e-06"),
         ("gptq-trellis:0.01", "'gptq-trellis:0.01' is not a recipe", "did you mean trellis:0.001"),
@@ -278,7 +400,38 @@ def test_any_text_is_a_recipe_or_a_recipe_error(text: str) -> None:
         ("int4:g32:row", "more than once", "one of them"),
         ("int4:search:search", "more than once", "one of them"),
         ("int4+", "'' in recipe 'int4\\+' is not a recipe", "int4:g32"),
-        ("int4+dense", "cannot be added", "bf16"),
+        ("int4+dense", "cannot be coded or added", "bf16"),
+        ("fp16:g32", "'g32' is not an option", "there are none"),
+        ("ec-", "'' in recipe 'ec-' is not a recipe", "int4:g32"),
+        ("ec-dense", "cannot be coded or added", "bf16"),
+        ("ec-trellis:0.01", "inner must have a fixed rate", "as it is"),
+        ("int4+ec-int2", "'ec-' codes a whole recipe", "did you mean ec-int4+int2?"),
+        ("ec-ec-int4", "'ec-' codes a whole recipe", "did you mean ec-int4?"),
+        ("int4~3", "has one stage", "int4:g16+int2:g16~3"),
+        ("int4~3+int2", "followed by a count", "int4:g16+int2:g16~3"),
+        ("int4+int2~", "followed by a count", "int4:g16+int2:g16~3"),
+        ("int4+int2~21", "iterations must be an integer from 0 to 20, got 21", "0 to 20"),
+        ("sparse24-gptq-int4:actorder", "'actorder' is not an option", "sweeps="),
+        ("sparse24-int4:damp=0.1", "needs a sparse24-gptq- stage", "search"),
+        ("sparse24-fp16:g32", "'g32' is not an option", "there are none"),
+        ("sparse24-wanda-int9", "bits must be an integer from 2 to 8", "2 to 8"),
+        ("sparse-int4", "'sparse-int4' is not a recipe", "sparse24-int4"),
+        ("lowrank", "exactly one of a rank, bpw=, energy= and error=", "lowrank:bpw=2"),
+        ("lowrank8:bpw=2", "exactly one of a rank, bpw=, energy= and error=", "lowrank32"),
+        ("lowrank0", "rank must be an integer from 1 to 8192, got 0", "1 to 8192"),
+        ("lowrank8:int4:fp16", "both fp16 and int4", "one of them"),
+        ("lowrank8:int3", "'int3' is not an option", "did you mean 'int"),
+        ("lowrnk8", "'lowrnk8' is not a recipe", "lowrank32"),
+        ("low-lowrank8", "'low-lowrank8' is not a recipe", "lowrank32"),
+        ("pattern4:scales=int3", "'int3' is no codec for scales", "int4"),
+        ("pattern1", "size must be an integer from 2 to 32, got 1", "2 to 32"),
+        ("pattern4:term=2", "'term=2' is not an option", "'terms='"),
+        ("vq3x256", "dimension must be one of 2, 4, 8, 16", "2, 4, 8, 16"),
+        ("gptq-vq4x256:magnitude", "both gptq- and magnitude", "one of them"),
+        ("vq4", "'vq4' is not a recipe", "vq4x256"),
+        ("aq9x8x256", "books must be an integer from 1 to 4, got 9", "1 to 4"),
+        ("aq2x8x256:beam=wide", "beam is a count", "beam=2"),
+        ("pq:g64", "the preset 'pq' has no groups", "vq8x256"),
         ("", "empty", "int4:g32"),
         ('{"id": "uniform/1", "bits": 4', "not valid JSON", "uniform/1"),
         ('{"id": "uniform/1", "bits": 40}', "from 2 to 8, got 40", "2 to 8"),
@@ -304,10 +457,13 @@ def test_presets(name: str) -> None:
     assert preset.description
 
 
-@pytest.mark.parametrize("name", PRESETS)
+GROUPED = [name for name, preset in PRESETS.items() if re.search(r":(g\d+|row)", preset.recipe)]
+
+
+@pytest.mark.parametrize("name", GROUPED)
 def test_a_preset_takes_another_group(name: str) -> None:
     recipe = format(parse(f"{name}:g72"))
-    assert recipe == "+".join(re.sub(r":(g\d+|row)", ":g72", stage) for stage in PRESETS[name].recipe.split("+"))
+    assert recipe == re.sub(r":(g\d+|row)", ":g72", PRESETS[name].recipe)
     assert parse(f"{name}:row") != parse(f"{name}:g8")
 
 
@@ -325,6 +481,12 @@ def test_a_preset_takes_another_group(name: str) -> None:
         ("int3-g32", 4.0),
         ("nf3", 3.25),
         ("nf4", 4.25),
+        ("pq", 1.125),
+        ("pocketllm-v1", 6.125),
+        ("pocketllm-v2", 8.0625),
+        ("sparse24-int4", 2.125 + 0.6484375),
+        ("vq-calibrated", 2.0625),
+        ("aqlm", 2.265625),
     ],
 )
 def test_presets_have_their_rate(name: str, bits_per_weight: float) -> None:

@@ -308,7 +308,7 @@ def generate(
 @app.command()
 def recipes(as_json: Json = False) -> None:
     """List the presets and how recipes are written."""
-    from tenpak.recipes import PRESETS
+    from tenpak.recipes import GRAMMAR, PRESETS
 
     if as_json:
         listed = {
@@ -320,9 +320,8 @@ def recipes(as_json: Json = False) -> None:
     for name, preset in PRESETS.items():
         table.add_row(name, preset.recipe, preset.description)
     out.print(table)
-    out.print(
-        "A recipe is also written by hand: int4:g32, int8:row, int3:g64:search, nf4:g64, int4:g16+int2:g16, dense"
-    )
+    out.print("\nA recipe is also written by hand:\n")
+    out.print(GRAMMAR, soft_wrap=True, markup=False, highlight=False)
 
 
 class _Interrupted(BaseException):

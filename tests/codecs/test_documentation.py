@@ -9,7 +9,7 @@ import pytest
 
 from tenpak.codecs import registry
 from tenpak.codecs.normalfloat import NORMAL_LEVELS
-from tenpak.recipes import PRESETS, parse
+from tenpak.recipes import GRAMMAR, PRESETS, parse
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "codecs.md").read_text(encoding="utf-8")
 
@@ -31,12 +31,26 @@ def test_presets_and_their_rates() -> None:
     for name, (_, rate) in table.items():
         codec = parse(name)
         assert codec is not None
+        bits = codec.estimate_bits((out, columns))
+        if rate == "by the weight":
+            assert bits is None, name
+            continue
+        assert bits is not None, name
+        bpw = bits / (out * columns)
+        if rate.startswith(("about ", "at most ")):
+            words, _, value = rate.rpartition(" ")
+            assert 0.95 * float(value) <= bpw <= float(value) * (1 if words == "at most" else 1.01), name
+            continue
         sizes = {"(out·in)": out * columns, "/in": f"/{columns}", "/out": f"/{out}"}
         for size, value in sizes.items():
             rate = rate.replace(size, str(value))
         terms = rate.split(" + ")
         expected = sum(float(top) / float(bottom or 1) for top, _, bottom in (term.partition("/") for term in terms))
-        assert codec.estimate_bits((out, columns)) == expected * out * columns, name
+        assert bpw == expected, name
+
+
+def test_the_grammar_is_the_code_s() -> None:
+    assert "".join(f"    {line}\n" for line in GRAMMAR.splitlines()) in PAGE
 
 
 def test_normal_levels() -> None:

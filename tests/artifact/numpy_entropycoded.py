@@ -41,6 +41,35 @@ def layout_of(codec: dict[str, Any], rows: int, columns: int) -> dict[str, tuple
             named = prefixed("base_", codec["base"], rows, columns) | prefixed("rest_", codec["rest"], rows, columns)
         case "channelscaled/1":
             named = {"channel_scales": ("u1", (columns,))} | prefixed("inner_", codec["inner"], rows, columns)
+        case "lowrank/1":
+            rank = rank_of(codec, rows, columns)
+            left, right = (
+                prefixed("left_", codec["factor"], rows, rank),
+                prefixed("right_", codec["factor"], rank, columns),
+            )
+            named = {"rank": ("<i4", (1,))} | left | right
+        case "sparse24/1":
+            words, pairs = divmod(math.ceil(columns / 4), 17)
+            nibbles = 11 * words + math.ceil((6**pairs - 1).bit_length() / 4)
+            kept = prefixed("values_", codec["values"], rows, 2 * (columns // 4) + min(2, columns % 4))
+            named = {"pairs": ("u1", (rows, math.ceil(nibbles / 2)))} | kept
+        case "pattern/1":
+            size = codec["size"]
+            down, across = math.ceil(rows / size), math.ceil(columns / size)
+            learned = min(codec["learned"], down * across)
+            count = learned + (2 * size**2 if codec["base"] is None else codec["base"])
+            terms = min(codec["terms"], count)
+            named = {"patterns": ("<f2", (learned, size, size))} if learned else {}
+            named["codes"] = ("u1", (down, math.ceil(terms * across * max(1, (count - 1).bit_length()) / 8)))
+            named |= prefixed("scales_", codec["scales"], down, terms * across)
+        case "vector/1" | "additive/1":
+            books, entries, dimension = codec.get("books", 1), codec["entries"], codec["dimension"]
+            additive = codec["id"] == "additive/1"
+            named = {"scales": ("<f2", (rows,))} if additive or codec["scaled"] else {}
+            shape = (books, entries, dimension)
+            named |= {"codebooks": ("<f2", shape)} if additive else {"codebook": ("<f2", shape[1:])}
+            codes = math.ceil(columns / dimension) * books * (entries.bit_length() - 1)
+            named["codes"] = ("u1", (rows, math.ceil(codes / 8)))
         case _:
             groups = 1 if codec["group"] is None else math.ceil(columns / codec["group"])
             named = {"scales": ("<f2", (rows, groups))}
@@ -50,6 +79,19 @@ def layout_of(codec: dict[str, Any], rows: int, columns: int) -> dict[str, tuple
                 named["levels"] = ("<f2", (2 ** codec["bits"],))
             named["codes"] = ("u1", (rows, math.ceil(columns * codec["bits"] / 8)))
     return dict(sorted(named.items(), key=lambda field: -np.dtype(field[1][0]).itemsize))
+
+
+def rank_of(codec: dict[str, Any], rows: int, columns: int) -> int:
+    """The rank of a low-rank codec, where its configuration tells it."""
+    most = min(rows, columns, 8192)
+    if "rank" in codec:
+        return min(codec["rank"], most)
+
+    def bits(rank: int) -> int:
+        layout = layout_of({**codec, "rank": rank}, rows, columns)
+        return 8 * sum(math.prod(shape) * np.dtype(dtype).itemsize for dtype, shape in layout.values())
+
+    return max([1, *(rank for rank in range(1, most + 1) if bits(rank) <= codec["bpw"] * rows * columns)])
 
 
 def prefixed(prefix: str, codec: dict[str, Any], rows: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:

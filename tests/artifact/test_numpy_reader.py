@@ -19,16 +19,7 @@ import tenpak
 from tenpak.artifact.reader import open_artifact
 from tenpak.artifact.writer import ArtifactWriter
 from tenpak.codecs import registry
-from tenpak.codecs.entropycoded import EntropyCoded
-from tenpak.recipes import format, parse
-
-
-def entropy_coded(recipe: str) -> str:
-    """The recipe with its payload coded."""
-    inner = parse(recipe)
-    assert inner is not None
-    return format(EntropyCoded(inner))
-
+from tenpak.recipes import parse
 
 PATTERN = '{"id":"pattern/1","size":%d,"learned":%d,"terms":%d,"scales":%s}'
 SPARSE = '{"id":"sparse24/1","values":%s}'
@@ -47,8 +38,10 @@ RECIPES = (
     *("awq-int4:g16", "awq-nf3:g8:learned:exp=1.0", "spin-int3:g32", "spin-int8:row:seed=5"),
     *("awq-spin-gptq-int4:g32:exp=0.3", "spin-awq-int2:g8:exp=0.5+spin-int2:g8:seed=4294967295"),
     *("trellis:0.3:datafree", "trellis:0.02:datafree:states=8", "trellis:1e-4:datafree", "trellis:3e-6:datafree"),
-    *map(entropy_coded, ("int4:g32", "int8:row:sym", "nf3:g8:learned", "int2:g8+nf3:row:learned", "awq-spin-int5:g8")),
-    *map(entropy_coded, ("fp32", "bf16", "fp16", "int7:row:asym", "int6:g9")),
+    *("ec-int4:g32", "ec-int8:row:sym", "ec-nf3:g8:learned", "ec-int2:g8+nf3:row:learned", "ec-awq-spin-int5:g8"),
+    *("ec-fp32", "ec-bf16", "ec-fp16", "ec-int7:row:asym", "ec-int6:g9"),
+    *("ec-sparse24-int4:g8+vq4x16:row~1", "ec-plain-lowrank3:int4+pattern4x9:terms=2:scales=int8"),
+    *("ec-plain-lowrank:bpw=9.0:fp16", "ec-aq2x4x16:datafree", "ec-pattern3x0:base=5", "ec-vq8x16+sparse24-bf16"),
     '{"id":"vector/1"}',
     '{"id":"vector/1","dimension":8,"entries":1024,"scaled":true,"weighting":"magnitude"}',
     '{"id":"vector/1","dimension":2,"entries":16,"weighting":"calibrated"}',

@@ -11,17 +11,22 @@ import torch
 from torch import Tensor
 
 from tenpak.codecs import planes, registry
+from tenpak.codecs.additive import Additive
 from tenpak.codecs.base import Codec, Payload, Statistics
 from tenpak.codecs.channelscaled import ChannelScaled
 from tenpak.codecs.dense import Dense
 from tenpak.codecs.entropycoded import EntropyCoded
+from tenpak.codecs.lowrank import LowRank
 from tenpak.codecs.normalfloat import NormalFloat
+from tenpak.codecs.pattern import Pattern
 from tenpak.codecs.residual import Residual
 from tenpak.codecs.rotated import Rotated
 from tenpak.codecs.rounding import Gptq
+from tenpak.codecs.sparse24 import Sparse24
 from tenpak.codecs.streams import ByteReader
 from tenpak.codecs.trellis import Trellis
 from tenpak.codecs.uniform import Uniform
+from tenpak.codecs.vector import Vector
 from tenpak.errors import InvalidPayloadError, RecipeError
 from tenpak.kernels import core, unpack
 
@@ -30,6 +35,9 @@ INNER = (
     *(Uniform(3, 9, True), Uniform(8, None, True), Uniform(5, 256, search=True)),
     *(NormalFloat(4, 64), NormalFloat(3, 8, "learned"), Dense("float32"), Dense("bfloat16")),
     *(Residual(Uniform(4, 16), Uniform(2, 16)), Rotated(Uniform(4, 32), 3), Residual(NormalFloat(2), Dense("float16"))),
+    *(LowRank(3, kind="plain"), LowRank(bpw=9.0, kind="plain", factor=Uniform(4, 32)), Sparse24(Uniform(4, 32))),
+    *(Pattern(4, 9, terms=2), Pattern(3, 0, 5, scales=Uniform(8, None, True)), Vector(8, 16), Vector(4, 16, True)),
+    Additive(2, 8, 16, False),
 )
 
 

@@ -128,7 +128,9 @@ def _grid(shape: tuple[int, ...]) -> tuple[int, int]:
 
 def _planes(tensor: Tensor) -> list[Tensor]:
     """The first bytes of all entries, the second ones and so on, each uint8 ``[rows, columns]``."""
-    entries = tensor.contiguous().reshape(*_grid(tuple(tensor.shape)), 1).view(torch.uint8)
+    # A copy: of a dimension of one entry the stride may be anything, which a view as bytes does not take.
+    entries = tensor.clone(memory_format=torch.contiguous_format)
+    entries = entries.reshape(*_grid(tuple(tensor.shape)), 1).view(torch.uint8)
     return [plane.contiguous() for plane in entries.unbind(-1)]
 
 

@@ -46,6 +46,7 @@ def base_patterns(size: int, count: int | None = None) -> Tensor:
     wave = torch.tensor(waves, dtype=torch.float32)
     order = sorted((down + across, down, across) for down in range(size) for across in range(size))
     cosines = torch.stack([wave[down][:, None] * wave[across] for _, down, across in order])
+    cosines = cosines + 0.0  # a zero times a negative number is -0, but these are integers over 4096
     single = torch.eye(size * size).view(-1, size, size)
     return torch.cat((cosines, single))[:count]
 

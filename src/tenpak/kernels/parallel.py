@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["each", "one_thread", "ordered_map", "worker_count"]
+__all__ = ["each", "give_back_memory", "one_thread", "ordered_map", "worker_count"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -62,7 +62,7 @@ def ordered_map(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterat
         finally:
             torch.set_num_threads(threads)
             pool.shutdown(wait=True, cancel_futures=True)
-            _give_back_memory()
+            give_back_memory()
 
 
 def each(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
@@ -73,8 +73,8 @@ def each(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
         return [work(item) for item in items]
 
 
-def _give_back_memory() -> None:
-    """Return what the workers have freed: glibc keeps it in an arena for each thread, more with every pass."""
+def give_back_memory() -> None:
+    """Return what has been freed to the system: glibc keeps it in an arena for each thread, more with every pass."""
     if _LIBC is not None:
         _LIBC.malloc_trim(0)
 

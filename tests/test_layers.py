@@ -17,8 +17,8 @@ FILES = sorted(path for path in ROOT.rglob("*.py") if "__pycache__" not in path.
 # `pipeline`, `publishing`, `prediction`, `dial`, `recovery`, `task`, `sequential`, `encoding`, `work` and `job`.
 LAYERS = (
     "cli", "options", "console", "pixel", "pipeline", "publishing", "prediction", "dial", "recovery", "task",
-    "sequential", "encoding", "work", "calibrating", "job", "recipes", "report", "tuning", "allocation", "evaluation",
-    "nn", "calibration", "artifact", "checkpoint", "codecs", "kernels", "errors",
+    "sequential", "encoding", "work", "calibrating", "job", "policies", "recipes", "report", "tuning", "allocation",
+    "evaluation", "nn", "calibration", "artifact", "checkpoint", "codecs", "kernels", "errors",
 )  # fmt: skip
 # The package itself, what runs it, and what registers it hold the layers together.
 OUTSIDE = {"__init__", "__main__", "_autoload"}

@@ -29,10 +29,13 @@ from tenpak.options import (
     MaxBytes,
     MaxKl,
     MaxPpl,
+    MinDim,
     Model,
     Out,
     Overrides,
+    PolicyName,
     Propagation,
+    Rank,
     Recipe,
     Remote,
     Revision,
@@ -62,6 +65,9 @@ def compress(
     model: Model,
     out: Out = None,
     recipe: Recipe = None,
+    policy: PolicyName = None,
+    rank: Rank = None,
+    min_dim: MinDim = None,
     target: Target = None,
     bpw: Bpw = None,
     max_bytes: MaxBytes = None,
@@ -86,6 +92,7 @@ def compress(
     """Compress MODEL into an artifact and, given a text, measure what that cost."""
     from tenpak.allocation.budget import one_budget
     from tenpak.pipeline import compress as run
+    from tenpak.policies import policy_of
     from tenpak.prediction import predict
     from tenpak.report.rows import prediction_rows
 
@@ -93,10 +100,12 @@ def compress(
     budget = one_budget(target=target, bpw=bpw, bytes=max_bytes, kl=max_kl, ppl=max_ppl_increase)
     options: dict[str, Any] = {
         "recipe": recipe,
+        "policy": policy_of(policy, rank, min_dim),
         "budget": budget,
         "overrides": tuple(overrides or ()),
         "calibration": calibration,
         "calibration_tokens": calibration_tokens,
+        "statistics": statistics,
         "propagation": propagation,
         "tuning": tune,
         "revision": revision,
@@ -109,7 +118,7 @@ def compress(
     if out is None:
         raise typer.BadParameter("give -o OUT, the folder to write (or --dry-run)")
     text = _evaluation_text(model, revision, evaluation)
-    options |= {"calibration_window": window, "statistics": statistics, "work": work}
+    options |= {"calibration_window": window, "work": work}
     with progress_bar("weights") as update:
         report = run(model, out, evaluation=text, seed=seed, overwrite=overwrite, progress=update, **options)
     _show_report(report.to_json(), as_json, unmeasured=text is None and evaluation is None)

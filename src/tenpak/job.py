@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from tenpak.allocation.plan import Override, Plan, make_plan
+from tenpak.calibration.statistics import StatisticsFolder
 from tenpak.checkpoint.source import Checkpoint, open_checkpoint, tensor_sha256
 from tenpak.checkpoint.structure import Weight, bind, build_meta_model, check_coverage
+from tenpak.policies import Policy, apply
 from tenpak.recipes import parse, parse_overrides
 
 __all__ = ["DEFAULT_RECIPE", "Job", "open_job", "replanned"]
@@ -33,33 +35,45 @@ def open_job(
     recipe: str | None,
     overrides: Sequence[str],
     *,
+    policy: Policy | str | None = None,
+    statistics: str | Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Job:
     """Open a model and plan its compression; reads headers only, and weights that are stored twice.
 
-    Where no recipe is given it is ``DEFAULT_RECIPE``.
+    Where no recipe is given it is ``DEFAULT_RECIPE``, or the policy's own. What a policy decides comes before the
+    overrides that are given, which win; some policies read every weight, or the statistics (a folder).
 
     Raises:
-        RecipeError: the recipe or an override cannot be used.
+        RecipeError: the recipe, an override or the policy cannot be used.
         CheckpointError: the source cannot be read or is not a decoder-only language model.
+        CalibrationError: the policy needs statistics, and these cannot be used.
     """
-    recipe = DEFAULT_RECIPE if recipe is None else recipe
-    codec = parse(recipe)
-    parsed = [Override(pattern, override) for pattern, override in parse_overrides(overrides)]
+    policy = Policy(policy) if isinstance(policy, str) else policy
+    if recipe is None:
+        recipe = DEFAULT_RECIPE if policy is None else policy.default_recipe
+    parse(recipe), parse_overrides(overrides)  # mistakes are told before anything is opened
     checkpoint = open_checkpoint(source, revision=revision)
     model = build_meta_model(checkpoint.folder, trust_remote_code=trust_remote_code)
     weights = bind(model, checkpoint.tensors)
     check_coverage(model, weights)
     weights = tuple(_settle_tie(checkpoint, weight) for weight in weights)
-    return Job(checkpoint, model.config, make_plan(weights, codec, parsed), recipe, tuple(overrides))
+    if policy is not None:
+        known = None if statistics is None else StatisticsFolder(statistics)
+        overrides = (*apply(policy, weights, checkpoint, recipe, known), *overrides)
+    return Job(checkpoint, model.config, _planned(weights, recipe, overrides), recipe, tuple(overrides))
 
 
 def replanned(job: Job, recipe: str, overrides: Sequence[str]) -> Job:
     """The same model with another recipe and other overrides. Raises as ``open_job`` does."""
-    parsed = [Override(pattern, override) for pattern, override in parse_overrides(overrides)]
-    plan = make_plan([entry.weight for entry in job.plan.entries], parse(recipe), parsed)
+    plan = _planned([entry.weight for entry in job.plan.entries], recipe, overrides)
     return replace(job, plan=plan, recipe=recipe, overrides=tuple(overrides))
+
+
+def _planned(weights: Sequence[Weight], recipe: str, overrides: Sequence[str]) -> Plan:
+    parsed = [Override(pattern, codec) for pattern, codec in parse_overrides(overrides)]
+    return make_plan(weights, parse(recipe), parsed)
 
 
 def _settle_tie(checkpoint: Checkpoint, weight: Weight) -> Weight:

@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 import typer
 
 __all__ = [
-    "Artifact", "Bpw", "Device", "Dtype", "Evaluation", "Json", "MaxBytes", "MaxKl", "MaxPpl", "Model", "Out",
-    "Overrides", "Propagation", "Recipe", "Remote", "Revision", "StatisticsOf", "Target", "Text", "Tokens", "Tune",
-    "Window", "WorkFolder",
+    "Artifact", "Bpw", "Device", "Dtype", "Evaluation", "Json", "MaxBytes", "MaxKl", "MaxPpl", "MinDim", "Model",
+    "Out", "Overrides", "PolicyName", "Propagation", "Rank", "Recipe", "Remote", "Revision", "StatisticsOf", "Target",
+    "Text", "Tokens", "Tune", "Window", "WorkFolder",
 ]  # fmt: skip
 
 
@@ -43,6 +43,17 @@ Recipe = Annotated[
     str | None,
     typer.Option("--recipe", "-r", help="codec of the matrices, default int4:g32; see `tenpak recipes`"),
 ]
+PolicyName = Annotated[
+    str | None,
+    typer.Option(
+        "--policy",
+        metavar="NAME",
+        help="codecs by part and position: k-proj, q-v, qkv, out-proj, attention or mlp (each also NAME-whitened), "
+        "mixed, buckets, buckets-fisher",
+    ),
+]
+Rank = Annotated[int | None, typer.Option(help="of a policy's low rank, default 128; twice that in boundary blocks")]
+MinDim = Annotated[int | None, typer.Option(help="leave smaller matrices alone in a policy's low rank, default 1024")]
 Target = Annotated[str | None, typer.Option(help="not a recipe: how much smaller than FP32, e.g. 10x")]
 Bpw = Annotated[float | None, typer.Option(help="… or bits per weight over everything, e.g. 3.2")]
 MaxBytes = Annotated[str | None, typer.Option(help="… or size of the weight files, e.g. 25MB")]

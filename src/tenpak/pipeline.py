@@ -35,6 +35,7 @@ from tenpak.checkpoint.source import fingerprint, tensor_sha256
 from tenpak.dial import Search, dial, dialled_job, report_of
 from tenpak.errors import ArtifactError, BudgetError, CalibrationError, CodecError, EvaluationError
 from tenpak.job import Job, open_job
+from tenpak.policies import Policy, refuse_budget
 from tenpak.publishing import publish, record, versions
 from tenpak.recovery import DEFAULT_STEPS, memory
 from tenpak.report.report import Report, measured
@@ -50,6 +51,7 @@ def compress(
     out: str | Path,
     *,
     recipe: str | None = None,
+    policy: Policy | str | None = None,
     budget: str | None = None,
     overrides: Sequence[str] = (),
     calibration: str | Path | None = None,
@@ -73,7 +75,9 @@ def compress(
         source: model folder or hub id; FP32, FP16 or BF16 safetensors (or a weights-only ``pytorch_model.bin``).
         out: folder to write; must not exist, unless ``overwrite`` and it holds an artifact.
         recipe: codec of the blocks' matrices: a recipe string, a preset's name, or JSON; ``int4:g32`` where neither it
-            nor a budget is given.
+            nor a budget is given. With a policy, what that builds on.
+        policy: decides the codec of each tensor, by name or as a ``Policy`` with options; excludes a budget. What it
+            decides is recorded as recipe and overrides. ``buckets-fisher`` needs ``statistics``.
         budget: instead of a recipe, what the artifact may cost: ``"10x"``, ``"3.2bpw"``, ``"25MB"`` of weight files,
             met to half a per cent and never exceeded, or ``"kl=0.01"``, ``"ppl=1%"`` on the evaluation text. The
             flagship codec compresses every matrix then; see ``dial``.
@@ -105,7 +109,7 @@ def compress(
         The report, which is also ``report.json`` in the artifact.
 
     Raises:
-        RecipeError: the recipe or an override cannot be used.
+        RecipeError: the recipe, an override or the policy cannot be used.
         AllocationError: the budget cannot be understood or met; the message states what can be.
         CheckpointError: the source cannot be read or is not a decoder-only language model.
         CalibrationError: a text cannot be used, or is given for both purposes; nothing is written.
@@ -115,12 +119,18 @@ def compress(
     """
     out = Path(out)
     check_output(out, overwrite=overwrite)
-    spent = _budget(recipe, budget, evaluation)
-    job = open_job(source, recipe, overrides, revision=revision, trust_remote_code=trust_remote_code)
-    if spent is not None:
-        job = dialled_job(job, 1.0, calibrated=calibration != "none")
-    if evaluation is not None:
-        _check_text(job, evaluation, trust_remote_code)
+    spent = _budget(recipe, policy, budget, evaluation)
+    job = open_job(
+        source,
+        recipe,
+        overrides,
+        policy=policy,
+        statistics=statistics,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    job = job if spent is None else dialled_job(job, 1.0, calibrated=calibration != "none")
+    _check_text(job, evaluation, trust_remote_code)
     started = time.perf_counter()
     task = prepare(
         job,
@@ -132,8 +142,7 @@ def compress(
         seed=seed,
         trust_remote_code=trust_remote_code,
     )
-    if evaluation is not None:
-        _require_other_text(task, evaluation)
+    _require_other_text(task, evaluation)
     steps = _steps(task, tuning, by_budget=spent is not None)
     run = _run(task, by_budget=spent is not None)
     with ExitStack() as stack:
@@ -143,12 +152,25 @@ def compress(
         task, units, search = _encoded(Search(task, root, measure, steps, max_shard_bytes, progress), spent, stack)
         publish(task, units, ArtifactWriter(out, overwrite=overwrite, max_shard_bytes=max_shard_bytes))
         root.remove()
+    return _recorded(out, task, len(units.reused), search, started, evaluation)
+
+
+def _recorded(
+    out: Path,
+    task: Task,
+    reused: int,
+    search: dict[str, Any] | None,
+    started: float,
+    evaluation: str | Path | None,
+) -> Report:
+    """The report of what was written, with its quality where there is a text; recorded in the artifact."""
     remove_unused(out.parent, f".{glob.escape(out.name)}.work-*")  # of runs that were to make another artifact here
-    report = measured(out, job.checkpoint.bytes, seconds=time.perf_counter() - started, reused=len(units.reused))
-    report = record(out, report.with_search(search), job.checkpoint)  # measuring may fail or be interrupted
+    source = task.job.checkpoint
+    report = measured(out, source.bytes, seconds=time.perf_counter() - started, reused=reused)
+    report = record(out, report.with_search(search), source)  # measuring may fail or be interrupted
     if evaluation is None:
         return report
-    return record(out, report.with_quality(_evaluate(out, task, evaluation)), job.checkpoint)
+    return record(out, report.with_quality(_evaluate(out, task, evaluation)), source)
 
 
 def _work_folder(work: str | Path | None, out: Path, run: dict[str, Any]) -> Path:
@@ -160,10 +182,13 @@ def _work_folder(work: str | Path | None, out: Path, run: dict[str, Any]) -> Pat
     return Path(work)
 
 
-def _budget(recipe: str | None, budget: str | None, evaluation: str | Path | None) -> Budget | None:
+def _budget(
+    recipe: str | None, policy: Policy | str | None, budget: str | None, evaluation: str | Path | None
+) -> Budget | None:
     """The budget that was asked for, after a check that it makes sense with the rest."""
     if budget is None:
         return None
+    refuse_budget(policy, budget)
     if recipe is not None:
         raise BudgetError(
             f"a budget ({budget}) chooses the codec itself and excludes a recipe ({recipe})",
@@ -247,22 +272,24 @@ def _kept(work: Work) -> Iterator[None]:
         raise
 
 
-def _require_other_text(task: Task, evaluation: str | Path) -> None:
+def _require_other_text(task: Task, evaluation: str | Path | None) -> None:
     """A quality measured on the text that was calibrated on would flatter."""
     from tenpak.calibration.text import load_text
 
-    if task.texts and Text(str(evaluation), load_text(evaluation)).sha256 in task.texts:
+    if evaluation is not None and task.texts and Text(str(evaluation), load_text(evaluation)).sha256 in task.texts:
         raise CalibrationError(
             f"calibration and evaluation text are the same ({Path(evaluation).name})",
             hint="give another --evaluation text",
         )
 
 
-def _check_text(job: Job, text: str | Path, trust_remote_code: bool) -> None:
+def _check_text(job: Job, text: str | Path | None, trust_remote_code: bool) -> None:
     """Find out before the work, not after it, that there is nothing to measure on."""
     from tenpak.calibration.text import load_text, tokenize
     from tenpak.evaluation.evaluate import load_tokenizer
 
+    if text is None:
+        return
     tokenizer = load_tokenizer(job.checkpoint.folder, trust_remote_code=trust_remote_code)
     if tokenize(tokenizer, load_text(text)).numel() < 2:
         raise EvaluationError(f"the text at {str(text)!r} has a single token", hint="give a longer text")

@@ -24,6 +24,7 @@ from tenpak.dial import dialled_job
 from tenpak.encoding import unit_statistics
 from tenpak.job import open_job
 from tenpak.kernels.parallel import worker_count
+from tenpak.policies import Policy, refuse_budget
 from tenpak.recovery import DEFAULT_STEPS, memory
 
 __all__ = ["Prediction", "predict"]
@@ -65,10 +66,12 @@ def predict(
     source: str | Path,
     *,
     recipe: str | None = None,
+    policy: Policy | str | None = None,
     budget: str | None = None,
     overrides: Sequence[str] = (),
     calibration: str | Path | None = None,
     calibration_tokens: int = DEFAULT_TOKENS,
+    statistics: str | Path | None = None,
     propagation: str = "original",
     tuning: int | None = None,
     revision: str | None = None,
@@ -77,9 +80,19 @@ def predict(
 ) -> Prediction:
     """What ``compress`` with these arguments would write and need, from headers alone. Raises as ``compress`` does.
 
-    Only where a checkpoint stores a tied weight twice are the two read, to see whether they differ.
+    Only where a checkpoint stores a tied weight twice are the two read, to see whether they differ, and what a policy
+    by sensitivity reads.
     """
-    job = open_job(source, recipe, overrides, revision=revision, trust_remote_code=trust_remote_code)
+    refuse_budget(policy, budget)
+    job = open_job(
+        source,
+        recipe,
+        overrides,
+        policy=policy,
+        statistics=statistics,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
     spent = None if budget is None else Budget.parse(budget)
     if spent is not None:
         job = dialled_job(job, 1.0, calibrated=calibration != "none")

@@ -16,7 +16,6 @@ from tenpak.calibrating import Reading, collect_into, read_text, warn_if_short
 from tenpak.calibration.experts import rows_before
 from tenpak.calibration.skeleton import OUTSIDE, Skeleton
 from tenpak.calibration.statistics import StatisticsFolder
-from tenpak.checkpoint.source import source_sha256
 from tenpak.checkpoint.structure import Weight
 from tenpak.encoding import Lookup, Numbered, encode_entries, stored_reader
 from tenpak.errors import CalibrationError
@@ -100,7 +99,7 @@ def prepare(
         return Task(job, seed=seed, trust_remote_code=trust_remote_code)
     known = None if statistics is None else StatisticsFolder(statistics)
     if known is not None:
-        _require_same_source(job, known)
+        known.require_source(job.checkpoint)
         if calibration is None:
             return Task(job, None, known, "none", seed, trust_remote_code)
     reading = read_text(job, calibration, tokens=tokens, window=window, trust_remote_code=trust_remote_code)
@@ -219,15 +218,6 @@ def _collect(
 def _lookup(known: StatisticsFolder, items: Sequence[Numbered]) -> Lookup:
     before = rows_before([item.entry.weight for item in items])
     return lambda weight: known.of(weight, rows_before=before.get(weight.name, 0))
-
-
-def _require_same_source(job: Job, known: StatisticsFolder) -> None:
-    if source_sha256(job.checkpoint) != known.origin.source_sha256:
-        raise CalibrationError(
-            f"the statistics in {known.folder} are of another model ({known.origin.source}), not of "
-            f"{job.checkpoint.name}",
-            hint="calibrate this model: tenpak calibrate MODEL -o FOLDER",
-        )
 
 
 def _counter(items: Sequence[Numbered], progress: Progress | None) -> Callable[[Weight], None]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from tenpak.calibration.skeleton import OUTSIDE
 from tenpak.calibration.sums import Sums
 
-__all__ = ["guess_curvature", "role"]
+__all__ = ["guess_curvature", "position", "role"]
 
 # Geometric means over blocks of three small Llamas, rounded.
 _ROLES = (
@@ -38,6 +38,11 @@ def role(parameter: str) -> float:
     return next((cost for pattern, cost in _ROLES if pattern.search(parameter)), _AVERAGE)
 
 
+def position(block: int, blocks: int) -> float:
+    """How much more, or less, an error costs in this block than in one of average position."""
+    return _FIRST + (_LAST - _FIRST) * (block / (blocks - 1) if blocks > 1 else 0.0)
+
+
 def guess_curvature(sums: Sums, part: int, blocks: int, outputs: dict[str, int]) -> None:
     """Fill in a guess of Σ (∂ℓ/∂y)² for every weight of a part.
 
@@ -47,12 +52,11 @@ def guess_curvature(sums: Sums, part: int, blocks: int, outputs: dict[str, int])
         blocks: how many blocks there are.
         outputs: parameter → outputs of each of its matrices.
     """
-    depth = 0.0 if part == OUTSIDE or blocks < 2 else part / (blocks - 1)
-    position = 1.0 if part == OUTSIDE else _FIRST + (_LAST - _FIRST) * depth
+    here = 1.0 if part == OUTSIDE else position(part, blocks)
     for key, group in sums.group_of.items():
         inputs = sums.inputs[group]
         energy = float(inputs.outer.diagonal().double().sum()) / max(inputs.count, 1)
         each: Tensor = torch.zeros(outputs[key[0]], dtype=torch.float64)
         if energy > 0:
-            each += role(key[0]) * position * inputs.count / (outputs[key[0]] * energy)
+            each += role(key[0]) * here * inputs.count / (outputs[key[0]] * energy)
         sums.squares[key] = each

@@ -35,6 +35,7 @@ from tenpak.artifact.leftovers import locked, remove_unused
 from tenpak.calibration.experts import experts
 from tenpak.calibration.skeleton import OUTSIDE
 from tenpak.calibration.sums import InputSums, Key, Sums
+from tenpak.checkpoint.source import Checkpoint, source_sha256
 from tenpak.checkpoint.structure import Weight
 from tenpak.codecs.base import Statistics
 from tenpak.errors import CalibrationError, OutputExistsError
@@ -200,6 +201,15 @@ class StatisticsFolder:
 
         tables = {number: _read_table(self.folder / part_name(number)) for number in self.parts}
         self._part_of = {parameter: number for number, table in tables.items() for parameter, _, _ in table.weights}
+
+    def require_source(self, checkpoint: Checkpoint) -> None:
+        """Raise CalibrationError where the statistics are of another model; reads all of the checkpoint."""
+        if source_sha256(checkpoint) != self.origin.source_sha256:
+            raise CalibrationError(
+                f"the statistics in {self.folder} are of another model ({self.origin.source}), not of "
+                f"{checkpoint.name}",
+                hint="calibrate this model: tenpak calibrate MODEL -o FOLDER",
+            )
 
     def part(self, number: int) -> _Part:
         """A part, read now; the last one is held, since a block's weights are asked for together.

@@ -1,7 +1,7 @@
 """`make bench`: run the benchmarks (all, or those named) and write ``benchmarks/results/<name>.json``.
 
     python benchmarks/run.py [speed] [footprint] [large] [quality] [feedback] [ablation] [trellis] [budgets] [rivals]
-                             [ingredients]
+                             [policies] [ingredients] [seeds]
     python benchmarks/run.py peers | frontier   by name only: they install another library
 
 Then ``python benchmarks/render.py`` renders the tables that README and docs show.
@@ -18,7 +18,9 @@ import footprint
 import frontier
 import large
 import peers
+import policies
 import quality
+import seeds
 import speed
 import trellis
 from environment import write
@@ -33,7 +35,9 @@ BENCHMARKS = {
     "trellis": trellis.run,
     "budgets": budgets.run,
     "rivals": budgets.run_rivals,
+    "policies": policies.run,
     "ingredients": frontier.run_ingredients,
+    "seeds": seeds.run,
 }
 BY_NAME_ONLY = {"peers": peers.run, "frontier": frontier.run}
 

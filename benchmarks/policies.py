@@ -3,27 +3,30 @@
     python benchmarks/run.py policies
 
 Low rank is measured a part at a time with everything else dense, each beside INT4 of the same matrices; tables of whole
-models beside the default recipe; codecs of the MLPs alone at about the same bytes. Needs the shared models and texts.
+models beside the default recipe; codecs of the MLPs alone at about the same bytes. All in one process, from the files
+that were written: there are many rows, and starting would be most of each. Needs the shared models and texts.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import sys
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from budgets import measure
-from quality import TOKENS, WINDOW, shared, tenpak
+from quality import WINDOW, shared
 
+import tenpak
+from tenpak.policies import Policy
+
+TOKENS = 32_768  # of the text to calibrate on
+CHARACTERS = 30_000  # of the text to measure on
 MODEL = "babyllama-tok105-0.94m"
 # Its keys are 64 × 128: a quarter of what rank there is, and half in boundary blocks.
 RANK, MIN_DIM = 16, 64
 
-DENSE = ("--recipe", "dense")
 ROUNDED = {"K": ("k_proj",), "Q and V": ("q_proj", "v_proj"), "O": ("o_proj",), "MLP": ("mlp.*",)}
 PARTS = {"k-proj": "K", "q-v": "Q and V", "out-proj": "O", "mlp": "MLP"}
 
@@ -42,57 +45,72 @@ ON_MLP = {
     "`gptq-int3:g128`": "gptq-int3:g128",
     "`gptq-int3:g128:search:sweeps=2`": "gptq-int3:g128:search:sweeps=2",
 }  # fmt: skip
-OTHERS_DENSE = ("--set", "self_attn.*=dense", "--set", "embed_tokens=dense")
+OTHERS_DENSE = ("self_attn.*=dense", "embed_tokens=dense")
+
+# Table → the row whose bytes the flagship codec gets, without tuning, and what it leaves alone.
+BUDGETS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "whole": ("`mixed` of `gptq-int4:g32`", ()),
+    "mlp": ("2:4 of INT4, SparseGPT", OTHERS_DENSE),
+}
+
+Row = dict[str, Any]
+"""Arguments of ``tenpak.compress``."""
 
 
 def run() -> Iterator[dict[str, Any]]:
     """The results so far, after each table."""
     model, texts = shared() / "models" / MODEL, shared() / "data"
-    read = model, texts / "tinystories_train.txt", texts / "tinystories_eval.txt"
     result: dict[str, Any] = {"model": MODEL, "window": WINDOW, "calibration_tokens": TOKENS, "rank": RANK}
     with tempfile.TemporaryDirectory(prefix="tenpak-policies-") as folder:
-        known = Path(folder) / "statistics"
-        options = ("--calibration", read[1], "--calibration-tokens", str(TOKENS), "--calibration-window", str(WINDOW))
-        tenpak("calibrate", model, "-o", known, *options)
+        known, text = Path(folder) / "statistics", Path(folder) / "evaluation.txt"
+        text.write_text((texts / "tinystories_eval.txt").read_text()[:CHARACTERS])
+        read = model, texts / "tinystories_train.txt", text
+        tenpak.calibrate(model, known, calibration=read[1], tokens=TOKENS, window=WINDOW)
         for name, rows in (("parts", parts()), ("whole", whole(known)), ("mlp", mlp())):
-            # One command at a time per core, one thread each.
-            with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-                found = list(pool.map(lambda options: measure(options, *read), rows.values()))
-            result[name] = dict(zip(rows, found, strict=True))
-            if name != "parts":
-                result[name] |= _by_budget(name, result[name], read)
-            yield result
+            result[name] = {}
+            for row, options in rows.items():
+                found = result[name][row] = measure(options, *read)
+                print(f"{name}: {row}: {found['bytes']:,} bytes, KL {found['kl']:.5f}", file=sys.stderr)
+                yield result
+            if name in BUDGETS:
+                rival, overrides = BUDGETS[name]
+                options = {"budget": f"{result[name][rival]['bytes']}B", "overrides": overrides, "tuning": 0}
+                result[name][f"budget, at the bytes of {rival}"] = measure(options, *read)
+                yield result
 
 
-def parts() -> dict[str, tuple[str, ...]]:
+def parts() -> dict[str, Row]:
     """Low rank of one part at a time, and INT4 of the same matrices."""
-    low = ("--rank", str(RANK), "--min-dim", str(MIN_DIM))
-    rows = {}
+    rows: dict[str, Row] = {}
     for policy, part in PARTS.items():
-        rows |= {f"`{name}`": ("--policy", name, *low) for name in (policy, f"{policy}-whitened")}
-        rows[f"{part} in `int4:g32`"] = (*DENSE, *(w for p in ROUNDED[part] for w in ("--set", f"{p}=int4:g32")))
+        rows |= {f"`{name}`": {"policy": Policy(name, RANK, MIN_DIM)} for name in (policy, f"{policy}-whitened")}
+        overrides = tuple(f"{pattern}=int4:g32" for pattern in ROUNDED[part])
+        rows[f"{part} in `int4:g32`"] = {"recipe": "dense", "overrides": overrides}
     return rows
 
 
-def whole(known: Path) -> dict[str, tuple[str, ...]]:
+def whole(known: Path) -> dict[str, Row]:
     """Policies for whole models, rounded to nearest and with feedback."""
-    rows = {}
+    rows: dict[str, Row] = {}
     for recipe in ("int4:g32", "gptq-int4:g32"):
-        rows[f"`{recipe}`"] = ("--recipe", recipe)
+        rows[f"`{recipe}`"] = {"recipe": recipe}
         for name in ("mixed", "buckets", "buckets-fisher"):
-            row = ("--recipe", recipe, "--policy", name)
-            rows[f"`{name}` of `{recipe}`"] = (*row, "--statistics", str(known)) if name == "buckets-fisher" else row
+            more = {"statistics": known} if name == "buckets-fisher" else {}
+            rows[f"`{name}` of `{recipe}`"] = {"recipe": recipe, "policy": name, **more}
     return rows
 
 
-def mlp() -> dict[str, tuple[str, ...]]:
+def mlp() -> dict[str, Row]:
     """Codecs of the MLPs at about 3.2 bits per weight, the rest dense."""
     recipes = {row: codec if isinstance(codec, str) else json.dumps(codec) for row, codec in ON_MLP.items()}
-    return {row: (*DENSE, "--set", f"mlp.*={recipe}") for row, recipe in recipes.items()}
+    return {row: {"recipe": "dense", "overrides": (f"mlp.*={recipe}",)} for row, recipe in recipes.items()}
 
 
-def _by_budget(name: str, rows: dict[str, Any], read: tuple[Path, Path, Path]) -> dict[str, Any]:
-    """The flagship codec at the bytes of a row, without tuning."""
-    rival = {"whole": "`mixed` of `gptq-int4:g32`", "mlp": "2:4 of INT4, SparseGPT"}[name]
-    budget = ("--max-bytes", f"{rows[rival]['bytes']}B", "--tune", "0")
-    return {f"budget, at the bytes of {rival}": measure((*budget, *(OTHERS_DENSE if name == "mlp" else ())), *read)}
+def measure(options: Row, model: Path, calibration: Path, text: Path) -> dict[str, Any]:
+    """Compress, and evaluate what was written."""
+    with tempfile.TemporaryDirectory(prefix="tenpak-policy-") as folder:
+        out = Path(folder) / "artifact"
+        read = {"calibration": calibration, "calibration_tokens": TOKENS, "calibration_window": WINDOW}
+        report = tenpak.compress(model, out, **options, **read)
+        found = tenpak.evaluate(out, against=str(model), text=text, window=WINDOW).to_json()
+    return {"recipe": report.recipe, "seconds": report.seconds, "codecs": dict(report.codecs), **found}

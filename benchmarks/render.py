@@ -19,7 +19,7 @@ import picture
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/measurements.md", "docs/calibration.md", "docs/trellis.md")
+PAGES = ("README.md", "docs/measurements.md", "docs/calibration.md", "docs/trellis.md", "docs/policies.md")
 HEADLINE = "tinystories-3.7m, own text"
 _BASE = "gptq, propagation original (the default)"
 _SLOT = re.compile(r"(<!-- table: ([a-z]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
@@ -303,6 +303,28 @@ def pace() -> str:
     return table((f"{r['shape'][0]} × {r['shape'][1]}, {r['bits_per_weight']:.2f} bits", "M weights/s"), rows)
 
 
+def parts() -> str:
+    """Low rank of one part at a time."""
+    return policies("parts", "compressed, everything else dense")
+
+
+def whole() -> str:
+    """Policies for whole models."""
+    return policies("whole", "recipe, policy")
+
+
+def mlps() -> str:
+    """Codecs of the MLPs alone."""
+    return policies("mlp", "codec of the MLPs")
+
+
+def policies(name: str, first: str) -> str:
+    return table(
+        (first, "bytes", "bits per weight", "perplexity", "KL"),
+        ((row, f"{r['bytes']:,}", f"{r['bpw']:.2f}", *loss(r)) for row, r in load("policies")[name].items()),
+    )
+
+
 def machine() -> str:
     """Where and when."""
     lines = []
@@ -317,8 +339,7 @@ def machine() -> str:
         "trellis",
         "budgets",
         "rivals",
-        "frontier",
-        "ingredients",
+        "policies",
     ):
         env = load(name)["environment"]
         versions = ", ".join(f"{package} {number}" for package, number in env["versions"].items())
@@ -359,6 +380,9 @@ TABLES = {
     "footprint": footprint,
     "resident": resident,
     "peers": peers,
+    "parts": parts,
+    "whole": whole,
+    "mlps": mlps,
     "machine": machine,
 }
 

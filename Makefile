@@ -7,10 +7,10 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench clean
+.PHONY: help demo test check format bench bench-seeds clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
 
 demo: $(READY) ## compress the bundled model, reload it in a fresh process, measure it, show the result
 	@$(BIN)/python examples/demo.py
@@ -29,6 +29,9 @@ format: $(READY) ## let ruff rewrite what it can
 
 bench: $(READY) ## measure speed, memory and overhead; write benchmarks/results/*.json
 	$(BIN)/python benchmarks/run.py
+
+bench-seeds: $(READY) ## rerun the claims of the older systems, on MODELS="FOLDER …" or those at hand
+	$(BIN)/python benchmarks/run.py seeds
 
 clean: ## remove the environment and everything generated
 	rm -rf $(VENV) demo-artifact .pytest_cache .mypy_cache .ruff_cache

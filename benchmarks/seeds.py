@@ -36,7 +36,6 @@ class Row:
         options: of `tenpak compress`.
         ratio: claimed, to FP32; None where nothing was claimed.
         loss: claimed relative increase of perplexity, or None.
-        why: one sentence on what is seen here.
     """
 
     system: str
@@ -44,7 +43,6 @@ class Row:
     options: tuple[str, ...]
     ratio: float | None
     loss: float | None
-    why: str
 
 
 def _recipe(recipe: str, *more: str) -> tuple[str, ...]:
@@ -56,70 +54,41 @@ def _only(pattern: str, recipe: str) -> tuple[str, ...]:
 
 
 ROWS = (
-    Row("A", "patterns alone", _recipe("pattern4"), 1.0, 0.77, "Weights have no recurring patterns to find."),
-    Row("A", "SVD alone", _recipe("plain-lowrank:bpw=6"), 4.0, 25.0, "Weights have full rank; their spectra are flat."),
-    Row("A", "calibrated SVD", _recipe("act-lowrank:bpw=5"), 5.0, 2500.0, "A diagonal importance hardly helps."),
-    Row(
-        "A",
-        "… in the metric of the output",
-        _recipe("lowrank:bpw=5"),
-        None,
-        None,
-        "The full Hessian helps; not enough.",
-    ),
-    Row(
-        "A", "GPTQ-style, 4 bits", _recipe("gptq-int4:row"), 7.87, 0.38, "One scale a row; groups cost little and help."
-    ),
-    Row("B", "SVD + INT8, K only", _only("*k_proj*", "plain-lowrank64:int8"), None, None, "K is robust, and little."),
-    Row(
-        "B", "… K, whitened", _only("*k_proj*", "lowrank64:int8"), None, None, "The same bytes, a fraction of the loss."
-    ),
-    Row("B", "… MLP down", _only("*down_proj*", "plain-lowrank64:int8"), None, None, "The MLP breaks, as was said."),
-    Row(
-        "B", "… attention out", _only("*o_proj*", "plain-lowrank64:int8"), None, None, "So does the output projection."
-    ),
-    Row("C", "INT4 g8", _recipe("int4:g8"), 4.0, 0.0173, "Two FP16 numbers for eight weights."),
-    Row("C", "INT4 g16", _recipe("int4:g16"), 5.33, 0.0104, "As was claimed, nearly."),
-    Row("C", "INT4 g32", _recipe("int4:g32"), 6.4, 0.0255, "As was claimed, where embeddings are small."),
-    Row("C", "int4_opt", _recipe("int4:g16:search"), 5.33, 0.0, "Scales that are searched for cost nothing."),
-    Row("C", "int4_residual", _recipe("int4:g16+int2:g16"), 3.2, 0.0025, "Six bits are better spent on one grid."),
-    Row("C", "int4_calibrated", _recipe("awq-int4:g16"), 4.27, 0.0036, "Scaling channels helps a little."),
-    Row("C", "INT3 g32", _recipe("int3:g32"), 8.0, 0.21, "INT3 everywhere needs feedback."),
-    Row("C", "… with feedback", _recipe("gptq-int3:g32"), None, None, "The full Hessian takes most of the loss away."),
-    Row("C", "NF4, learned", _recipe("nf4:g64:learned"), 6.0, 0.14, "Better than was claimed."),
-    Row("C", "NF3, learned", _recipe("nf3:g64:learned"), 9.0, 0.54, "Embeddings in INT8 keep the ratio below."),
-    Row("C", "spin, g128", _recipe("spin-int4:g128"), 7.1, 0.2, "A rotation helps against outliers; here are few."),
-    Row("C", "awq-10x, g128", _recipe("awq-int4:g128"), 7.1, 0.2, "Like spin."),
-    Row("C", "PQ", _recipe("vq8x256"), 31.6, 56.48, "One bit a weight without data is noise."),
-    Row("C", "PQ with residual", _recipe("vq8x256+int4:g32"), 4.5, 0.09, "The residual does the work."),
-    Row("C", "PocketLLM v1", _recipe("vq8x256+int4:g32"), 5.32, 0.0139, "The codebook is paid for and adds little."),
-    Row("C", "PocketLLM v2", _recipe("vq4x256+int4:g16~3"), 4.0, 0.0023, "Near lossless, at twice the bits of INT4."),
-    Row(
-        "C", "TenPak-X", _recipe("mag-lowrank32+vq4x256:magnitude+int4:g32"), 4.36, 0.0003, "Three stages, one of use."
-    ),
-    Row(
-        "C",
-        "… with statistics and feedback",
-        _recipe("lowrank8+gptq-vq4x256+gptq-int2:g32:search"),
-        None,
-        None,
-        "What the same parts give when each knows the Hessian.",
-    ),
-    Row("C", "TenPak-X v2", _recipe("mag-lowrank64+vq4x256:magnitude"), 5.64, 0.072, "Without the residual it breaks."),
-    Row("C", "AQLM", _recipe("aq2x8x256"), None, None, "Additive codebooks pay in larger models."),
-    Row("C", "… codebooks alone, calibrated", _recipe("gptq-vq4x256"), None, None, "Two bits that work."),
-    Row("C", "CALDERA", _recipe("lowrank8:int4+gptq-int2:g128:search~5"), None, None, "Low rank pays at two bits."),
-    Row("C", "2:4 + INT4", _recipe("sparse24-int4:g32"), 14.0, None, "The mask alone costs 0.65 bits."),
-    Row(
-        "C",
-        "… with feedback",
-        _recipe("sparse24-gptq-int4:g32"),
-        None,
-        None,
-        "Ten times better, still worse than INT3.",
-    ),
-    Row("C", "GPTQ", _recipe("gptq-int4:g128"), None, None, "What the others are held against."),
-    Row("", "tenpak", ("--target", "10x", "--tune", "0"), 10.0, 0.01, "The challenge, untuned."),
+    Row("A", "patterns alone", _recipe("pattern4"), 1.0, 0.77),
+    Row("A", "SVD alone", _recipe("plain-lowrank:bpw=6"), 4.0, 25.0),
+    Row("A", "calibrated SVD", _recipe("act-lowrank:bpw=5"), 5.0, 2500.0),
+    Row("A", "… in the metric of the output", _recipe("lowrank:bpw=5"), None, None),
+    Row("A", "GPTQ-style, 4 bits", _recipe("gptq-int4:row"), 7.87, 0.38),
+    Row("B", "SVD + INT8, K only", _only("*k_proj*", "plain-lowrank64:int8"), None, None),
+    Row("B", "… K, whitened", _only("*k_proj*", "lowrank64:int8"), None, None),
+    Row("B", "… MLP down", _only("*down_proj*", "plain-lowrank64:int8"), None, None),
+    Row("B", "… attention out", _only("*o_proj*", "plain-lowrank64:int8"), None, None),
+    Row("C", "INT4 g8", _recipe("int4:g8"), 4.0, 0.0173),
+    Row("C", "INT4 g16", _recipe("int4:g16"), 5.33, 0.0104),
+    Row("C", "INT4 g32", _recipe("int4:g32"), 6.4, 0.0255),
+    Row("C", "int4_opt", _recipe("int4:g16:search"), 5.33, 0.0),
+    Row("C", "int4_residual", _recipe("int4:g16+int2:g16"), 3.2, 0.0025),
+    Row("C", "int4_calibrated", _recipe("awq-int4:g16"), 4.27, 0.0036),
+    Row("C", "INT3 g32", _recipe("int3:g32"), 8.0, 0.21),
+    Row("C", "… with feedback", _recipe("gptq-int3:g32"), None, None),
+    Row("C", "NF4, learned", _recipe("nf4:g64:learned"), 6.0, 0.14),
+    Row("C", "NF3, learned", _recipe("nf3:g64:learned"), 9.0, 0.54),
+    Row("C", "spin, g128", _recipe("spin-int4:g128"), 7.1, 0.2),
+    Row("C", "awq-10x, g128", _recipe("awq-int4:g128"), 7.1, 0.2),
+    Row("C", "PQ", _recipe("vq8x256"), 31.6, 56.48),
+    Row("C", "PQ with residual", _recipe("vq8x256+int4:g32"), 4.5, 0.09),
+    Row("C", "PocketLLM v1", _recipe("vq8x256+int4:g32"), 5.32, 0.0139),
+    Row("C", "PocketLLM v2", _recipe("vq4x256+int4:g16~3"), 4.0, 0.0023),
+    Row("C", "TenPak-X", _recipe("mag-lowrank32+vq4x256:magnitude+int4:g32"), 4.36, 0.0003),
+    Row("C", "… with statistics and feedback", _recipe("lowrank8+gptq-vq4x256+gptq-int2:g32:search"), None, None),
+    Row("C", "TenPak-X v2", _recipe("mag-lowrank64+vq4x256:magnitude"), 5.64, 0.072),
+    Row("C", "AQLM", _recipe("aq2x8x256"), None, None),
+    Row("C", "… codebooks alone, calibrated", _recipe("gptq-vq4x256"), None, None),
+    Row("C", "CALDERA", _recipe("lowrank8:int4+gptq-int2:g128:search~5"), None, None),
+    Row("C", "2:4 + INT4", _recipe("sparse24-int4:g32"), 14.0, None),
+    Row("C", "… with feedback", _recipe("sparse24-gptq-int4:g32"), None, None),
+    Row("C", "GPTQ", _recipe("gptq-int4:g128"), None, None),
+    Row("", "tenpak", ("--target", "10x", "--tune", "0"), 10.0, 0.01),
 )
 
 
@@ -172,7 +141,6 @@ def claims(models: dict[str, Any]) -> list[dict[str, Any]]:
             "ratio": row.ratio,
             "loss": row.loss,
             "verdict": verdict(row, [found[key(row)] for found in models.values()]),
-            "why": row.why,
         }
         for row in ROWS
     ]

@@ -35,24 +35,14 @@ INT4 = {"id": "uniform/1", "bits": 4, "group": 32}
 ON_MLP = {
     "low rank, plain, factors INT8": {"id": "lowrank/1", "bpw": 3.2, "kind": "plain", "factor": INT8},
     "low rank, whitened, factors INT8": {"id": "lowrank/1", "bpw": 3.2, "factor": INT8},
-    "2:4 of INT4, magnitude": {"id": "sparse24/1", "values": INT4},
     "2:4 of INT4, SparseGPT": {"id": "sparse24/1", "values": INT4, "importance": "sparsegpt"},
-    "vectors of 2, 64 entries, k-means": {"id": "vector/1", "dimension": 2, "entries": 64, "scaled": True},
     "vectors of 2, 64 entries, feedback": {
         "id": "vector/1", "dimension": 2, "entries": 64, "scaled": True, "weighting": "calibrated",
     },
+    "`trellis:0.00065`": "trellis:0.00065",
     "`int3:g128`": "int3:g128",
     "`gptq-int3:g128`": "gptq-int3:g128",
-    "`gptq-int3:g128:search:sweeps=2`": "gptq-int3:g128:search:sweeps=2",
 }  # fmt: skip
-OTHERS_DENSE = ("self_attn.*=dense", "embed_tokens=dense")
-
-# Table → the row whose bytes the flagship codec gets, without tuning, and what it leaves alone.
-BUDGETS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "whole": ("`mixed` of `gptq-int4:g32`", ()),
-    "mlp": ("2:4 of INT4, SparseGPT", OTHERS_DENSE),
-}
-
 Row = dict[str, Any]
 """Arguments of ``tenpak.compress``."""
 
@@ -71,11 +61,6 @@ def run() -> Iterator[dict[str, Any]]:
             for row, options in rows.items():
                 found = result[name][row] = measure(options, *read)
                 print(f"{name}: {row}: {found['bytes']:,} bytes, KL {found['kl']:.5f}", file=sys.stderr)
-                yield result
-            if name in BUDGETS:
-                rival, overrides = BUDGETS[name]
-                options = {"budget": f"{result[name][rival]['bytes']}B", "overrides": overrides, "tuning": 0}
-                result[name][f"budget, at the bytes of {rival}"] = measure(options, *read)
                 yield result
 
 

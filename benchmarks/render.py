@@ -35,11 +35,13 @@ def main() -> None:
             stale.append(page)
             if "--check" not in sys.argv:
                 path.write_text(rendered)
-    drawing, image = ROOT / "docs" / "frontier.svg", picture.frontier(load("frontier"))
-    if not drawing.is_file() or drawing.read_text() != image:
-        stale.append("docs/frontier.svg")
-        if "--check" not in sys.argv:
-            drawing.write_text(image)
+    for name, draw in PICTURES.items():
+        drawing = ROOT / "docs" / f"{name}.svg"
+        image = draw(load(name)) if (RESULTS / f"{name}.json").is_file() else None
+        if image is not None and (not drawing.is_file() or drawing.read_text() != image):
+            stale.append(f"docs/{name}.svg")
+            if "--check" not in sys.argv:
+                drawing.write_text(image)
     if "--check" in sys.argv and stale:
         sys.exit(f"{', '.join(stale)} differ from benchmarks/results; run python benchmarks/render.py")
     print(f"rewritten: {', '.join(stale) or 'nothing'}")
@@ -363,6 +365,7 @@ def load(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
+PICTURES = {"frontier": picture.frontier}
 TABLES = {
     "budgets": budgets,
     "rivals": rivals,

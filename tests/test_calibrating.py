@@ -10,7 +10,7 @@ from families import make_tiny_talker
 
 import tenpak
 from tenpak.artifact.schema import MANIFEST_NAME, load_manifest
-from tenpak.calibrating import _first_tokens
+from tenpak.calibrating import first_tokens
 from tenpak.calibration.text import tokenize
 from tenpak.errors import CalibrationError
 from tenpak.evaluation.evaluate import load_tokenizer
@@ -109,4 +109,4 @@ def test_the_first_tokens_are_those_of_the_whole_text(tinystories: Path) -> None
     tokenizer = load_tokenizer(tinystories)
     whole = tokenize(tokenizer, content)
     for count in (10, 1000, 20_000, len(whole) - 10, len(whole) + 10):
-        assert torch.equal(_first_tokens(tokenizer, content, count, 2048), whole[:count])
+        assert torch.equal(first_tokens(tokenizer, content, count, 2048), whole[:count])

@@ -20,9 +20,9 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from tenpak.errors import CodecError, InvalidPayloadError, RecipeError
+from tenpak.errors import CodecError, InvalidPayloadError, MissingStatisticsError, RecipeError
 
-__all__ = ["Codec", "Field", "Payload", "Statistics", "Tunable", "require_matrix"]
+__all__ = ["Codec", "Field", "Payload", "Statistics", "Tunable", "require_hessian", "require_matrix"]
 
 
 @dataclass(frozen=True)
@@ -303,3 +303,22 @@ def require_matrix(weight: Tensor) -> None:
             "the weight holds NaN or infinite values",
             hint="the checkpoint is broken: obtain it again, or repair that tensor",
         )
+
+
+def require_hessian(who: str, statistics: Statistics | None, otherwise: str) -> Statistics:
+    """``statistics``, with a metric in them.
+
+    Args:
+        who: needs them, e.g. ``"codec trellis/1 needs"``.
+        statistics: what calibration knows, if anything.
+        otherwise: what to do instead of calibrating.
+
+    Raises:
+        MissingStatisticsError: there is no Hessian.
+    """
+    if statistics is None or statistics.metric is None:
+        raise MissingStatisticsError(
+            f"{who} the Hessian E[x xᵀ] of the weight's inputs, and there is none",
+            hint=f"calibrate on text (--calibration TEXT), or {otherwise}",
+        )
+    return statistics

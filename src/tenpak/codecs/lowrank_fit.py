@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tenpak.codecs.base import Statistics
+from tenpak.codecs.base import Statistics, require_hessian
 from tenpak.codecs.grouping import column_importance, group_sum, row_importance, row_tiles
 from tenpak.errors import CodecError, MissingStatisticsError
 
@@ -169,12 +169,9 @@ def by_error(weight: Tensor, left: Tensor, right: Tensor, statistics: Statistics
     Raises:
         MissingStatisticsError: there is no Hessian.
     """
-    hessian = None if statistics is None else statistics.metric
-    if hessian is None:
-        raise MissingStatisticsError(
-            "the rank for an error of the output needs the Hessian E[x xᵀ] of the weight's inputs, and there is none",
-            hint="calibrate on text (--calibration TEXT), or give rank, energy or bpw",
-        )
+    needing = "the rank for an error of the output needs"
+    hessian = require_hessian(needing, statistics, "give rank, energy or bpw").metric
+    assert hessian is not None  # it was required
     column_importance(statistics, weight.shape[1], weight.device)  # refuses what does not fit
     rows = row_importance(statistics, len(weight), weight.device)
     a, b, w = left.double(), right.double(), weight.double()

@@ -29,13 +29,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tenpak.codecs.base import Codec, Field, Payload, Statistics, require_matrix
+from tenpak.codecs.base import Codec, Field, Payload, Statistics, require_hessian, require_matrix
 from tenpak.codecs.dense import Dense
 from tenpak.codecs.grouping import TILE, column_importance, row_importance
 from tenpak.codecs.nesting import inner_payload, joined, joined_fields, require_inner, split
 from tenpak.codecs.patterns import base_patterns, discover, match, to_blocks
 from tenpak.codecs.validation import require_bool, require_integer
-from tenpak.errors import CodecError, InvalidPayloadError, MissingStatisticsError, RecipeError
+from tenpak.errors import CodecError, InvalidPayloadError, RecipeError
 from tenpak.kernels import pack, packed_size, unpack
 
 __all__ = ["Pattern"]
@@ -234,11 +234,7 @@ class Pattern(Codec):
         by_row = torch.ones(rows, 1, device=weight.device)
         by_column = torch.ones(1, columns, device=weight.device)
         if self.calibrated:
-            if statistics is None or statistics.metric is None:
-                raise MissingStatisticsError(
-                    f"a calibrated {self.id} weighs errors by the Hessian E[x xᵀ], and there is none",
-                    hint="calibrate on text (--calibration TEXT), or set calibrated to false",
-                )
+            statistics = require_hessian(f"a calibrated {self.id} needs", statistics, "set calibrated to false")
             found = column_importance(statistics, columns, weight.device)
             by_column = by_column if found is None else found[None]
             found = row_importance(statistics, rows, weight.device)

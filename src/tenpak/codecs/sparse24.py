@@ -36,12 +36,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tenpak.codecs.base import Codec, Field, Payload, Statistics, require_matrix
+from tenpak.codecs.base import Codec, Field, Payload, Statistics, require_hessian, require_matrix
 from tenpak.codecs.grouping import column_importance, row_tiles
 from tenpak.codecs.nesting import inner_payload, joined, joined_fields, require_inner, split
 from tenpak.codecs.rounding.pruning import PAIRS, Exact, Metric, Pruning, metric, prune
 from tenpak.codecs.validation import require_choice, require_integer, require_number
-from tenpak.errors import InvalidPayloadError, MissingStatisticsError, RecipeError
+from tenpak.errors import InvalidPayloadError, RecipeError
 from tenpak.kernels import pack, packed_size, unpack
 from tenpak.kernels.parallel import each
 
@@ -120,11 +120,8 @@ class Sparse24(Codec):
         if self.importance == "magnitude":
             pairs = _largest(weight, None)
             return self._payload(weight, pairs, self._encode(_kept(weight, pairs), statistics))
-        if statistics is None or statistics.metric is None:
-            raise MissingStatisticsError(
-                f"the importance {self.importance} of {self.id} needs the Hessian E[x xᵀ] of the weight's inputs",
-                hint='calibrate on text (--calibration TEXT), or use the importance "magnitude"',
-            )
+        needing = f"the importance {self.importance} of {self.id} needs"
+        statistics = require_hessian(needing, statistics, 'use the importance "magnitude"')
         pairs = _largest(weight, column_importance(statistics, columns, weight.device))
         if self.importance == "wanda":
             return self._payload(weight, pairs, self._encode(_kept(weight, pairs), statistics))

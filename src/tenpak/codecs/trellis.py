@@ -30,13 +30,13 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from tenpak.codecs.base import Codec, Payload, Statistics, require_matrix
+from tenpak.codecs.base import Codec, Payload, Statistics, require_hessian, require_matrix
 from tenpak.codecs.rounding.feedback import feedback
 from tenpak.codecs.trellis_fit import fitted, lengths
 from tenpak.codecs.trellis_stream import SEGMENT, Coded, read, representable, write
 from tenpak.codecs.trellis_tuning import TunableTrellis
 from tenpak.codecs.validation import require_bool, require_choice, require_number
-from tenpak.errors import CodecError, InvalidPayloadError, MissingStatisticsError
+from tenpak.errors import CodecError, InvalidPayloadError
 from tenpak.kernels import core
 from tenpak.kernels.parallel import each, one_thread, ordered_map
 
@@ -117,12 +117,9 @@ class Trellis(Codec):
         """
         require_matrix(weight)
         target = weight.detach().to("cpu").float()
-        if self.calibrated and (statistics is None or statistics.metric is None):
-            raise MissingStatisticsError(
-                "codec trellis/1 needs the Hessian E[x xᵀ] of the weight's inputs, and there is none",
-                hint="calibrate on text (--calibration TEXT), or add :datafree to the recipe",
-            )
-        known = statistics if self.calibrated else None
+        known = None
+        if self.calibrated:
+            known = require_hessian("codec trellis/1 needs", statistics, "add :datafree to the recipe")
         with one_thread():  # also what follows outside of tiles: sums of several threads depend on their number
             earlier, pivots = _feedback(known, target.shape[1], self.damping)
             importance = _row_importance(known, len(target))

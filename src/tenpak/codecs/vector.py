@@ -22,28 +22,19 @@ al. 2014, arXiv 1412.6115), where all vectors count the same, or as much as they
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
-from tenpak.codecs.base import Codec, Field, Payload, Statistics, require_matrix
-from tenpak.codecs.codebook_fit import Plan, fit
-from tenpak.codecs.codebooks import DIMENSIONS, ENTRIES, expand, packed, vector_count
-from tenpak.codecs.fields_tuning import TunableFields
-from tenpak.codecs.grouping import row_tiles
+from tenpak.codecs.codebook_codec import CodebookCodec
+from tenpak.codecs.codebook_fit import Plan
+from tenpak.codecs.codebooks import DIMENSIONS, ENTRIES
 from tenpak.codecs.validation import require_bool, require_choice, require_integer, require_number
-from tenpak.errors import MissingStatisticsError
-from tenpak.kernels import packed_size, unpack
-from tenpak.kernels.parallel import one_thread
 
 __all__ = ["Vector"]
 
 
 @dataclass(frozen=True)
-class Vector(Codec):
+class Vector(CodebookCodec):
     """Vector quantization.
 
     Attributes:
@@ -60,6 +51,8 @@ class Vector(Codec):
     """
 
     id: ClassVar[str] = "vector/1"
+    _books: ClassVar[str] = "codebook"
+    _remedy: ClassVar[str] = 'choose the weighting "equal"'
 
     dimension: int = 4
     entries: int = 256
@@ -90,82 +83,13 @@ class Vector(Codec):
         return self.weighting == "calibrated"
 
     @property
-    def _bits(self) -> int:
-        """Of a code."""
-        return self.entries.bit_length() - 1
+    def _by_magnitude(self) -> bool:
+        return self.weighting == "magnitude"
 
-    def fields(self, shape: tuple[int, int]) -> tuple[Field, ...]:
-        """Scales where rows have them, codebook, codes."""
-        rows, columns = shape
-        count = vector_count(columns, self.dimension)
-        return (
-            *((Field("scales", torch.float16, (rows,)),) if self.scaled else ()),
-            Field("codebook", torch.float16, (self.entries, self.dimension)),
-            Field("codes", torch.uint8, (rows, packed_size(count, self._bits))),
-        )
+    @property
+    def _plan(self) -> Plan:
+        return Plan(self.dimension, self.entries, 1, self.scaled, 1, self.rounds, self.seed)
 
-    def encode(self, weight: Tensor, statistics: Statistics | None = None) -> Payload:
-        """Encode ``weight``, a finite floating-point matrix ``[out, in]``; on the CPU, in one thread.
-
-        Beyond the weight it takes an FP32 copy and, calibrated, some six FP32 copies of the Hessian.
-
-        Raises:
-            MissingStatisticsError: it is calibrated and there is no Hessian.
-            CodecError: the weight is not a finite floating-point matrix, exceeds FP16's range, or the statistics do
-                not fit it.
-            SingularHessianError: the Hessian is indefinite.
-        """
-        require_matrix(weight)
-        if self.needs_statistics and (statistics is None or statistics.metric is None):
-            raise MissingStatisticsError(
-                f"codec {self.id} needs the Hessian E[x xᵀ] of the weight's inputs, and there is none",
-                hint='calibrate on text (--calibration TEXT), or choose the weighting "equal"',
-            )
-        plan = Plan(self.dimension, self.entries, 1, self.scaled, 1, self.rounds, self.seed)
-        known = statistics if self.needs_statistics else None
-        with one_thread():
-            target = weight.detach().to("cpu").float().contiguous()
-            fitted = fit(target, plan, self.damping, known, self.weighting == "magnitude")
-            codes = packed(fitted.codes.squeeze(-1), self._bits)
-        tensors = {"scales": fitted.scales} if self.scaled else {}
-        tensors |= {"codebook": fitted.codebooks[0].clone(), "codes": codes}
-        return self.payload(weight, {name: tensor.to(weight.device) for name, tensor in tensors.items()})
-
-    def decode(self, payload: Payload) -> Tensor:
-        """The reconstructed weight, FP32 ``[out, in]``."""
-        tensors = self.checked(payload)
-        weight = torch.empty(payload.shape, dtype=torch.float32, device=tensors["codes"].device)
-        for tile in row_tiles(*payload.shape):
-            scales = tensors["scales"][tile] if self.scaled else None
-            self._expand(tensors["codes"][tile], scales, tensors["codebook"], weight[tile])
-        return weight
-
-    def rows(self, indices: Tensor, prepared: Payload) -> Tensor:
-        """Rows ``indices`` of the decoded weight, FP32 ``[*indices.shape, in]``; only they are decoded."""
-        tensors = self.checked(prepared)
-        flat = indices.reshape(-1)
-        weight = torch.empty((flat.numel(), prepared.shape[1]), dtype=torch.float32, device=tensors["codes"].device)
-        scales = tensors["scales"][flat] if self.scaled else None
-        self._expand(tensors["codes"][flat], scales, tensors["codebook"], weight)
-        return weight.view(*indices.shape, prepared.shape[1])
-
-    def tunable(self, payload: Payload) -> TunableFields:
-        """The codebook is continuous, and scales where rows have them."""
-        tensors, (rows, columns) = self.checked(payload), payload.shape
-        codes = unpack(tensors["codes"], self._bits, vector_count(columns, self.dimension)).int()
-
-        def weight(values: Mapping[str, Tensor]) -> Tensor:
-            vectors = values["codebook"].index_select(0, codes.flatten()).view(rows, -1)[:, :columns]
-            return vectors * values["scales"].unsqueeze(1) if self.scaled else vectors
-
-        units = {"scales": tensors["scales"].float().abs()} if self.scaled else {}
-        return TunableFields(payload, {**units, "codebook": tensors["codebook"].float().square().mean().sqrt()}, weight)
-
-    def _expand(self, stream: Tensor, scales: Tensor | None, codebook: Tensor, out: Tensor) -> None:
-        """Decode rows into ``out``, FP32 ``[rows, in]``."""
-        rows, columns = out.shape
-        count = vector_count(columns, self.dimension)
-        codes = unpack(stream, self._bits, count).unsqueeze(-1)
-        out.copy_(expand(codes, [codebook.float()]).view(rows, count * self.dimension)[:, :columns])
-        if scales is not None:
-            out.mul_(scales.float().unsqueeze(1))
+    @property
+    def _books_shape(self) -> tuple[int, ...]:
+        return self.entries, self.dimension  # there is one book

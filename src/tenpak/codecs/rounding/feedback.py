@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tenpak.codecs.base import Statistics
-from tenpak.errors import CodecError, MissingStatisticsError, SingularHessianError
+from tenpak.codecs.base import Statistics, require_hessian
+from tenpak.errors import CodecError, SingularHessianError
 
 __all__ = ["Feedback", "feedback"]
 
@@ -86,12 +86,8 @@ def feedback(
 
 def _scaled(statistics: Statistics | None, columns: int) -> tuple[Tensor, float]:
     """A copy of the Hessian with mean diagonal one (the identity for a zero one), dead columns cleared; that mean."""
-    hessian = None if statistics is None else statistics.metric
-    if hessian is None:
-        raise MissingStatisticsError(
-            "rounding gptq needs the Hessian E[x xᵀ] of the weight's inputs, and there is none",
-            hint="calibrate on text (--calibration TEXT), or choose a recipe without gptq-",
-        )
+    hessian = require_hessian("rounding gptq needs", statistics, "choose a recipe without gptq-").metric
+    assert hessian is not None  # it was required
     if tuple(hessian.shape) != (columns, columns):
         raise CodecError(f"the Hessian is {tuple(hessian.shape)}, the weight has {columns} input columns")
     diagonal = hessian.diagonal().double()

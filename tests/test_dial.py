@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 import tenpak
 import tenpak.pipeline as pipeline
+import tenpak.recovery as recovery
 from tenpak.errors import BudgetError, CalibrationError, InfeasibleBudgetError
 from tenpak.report.report import Report
 
@@ -169,7 +170,7 @@ def test_tuning_needs_a_text(folder: Path) -> None:
 
 
 def test_without_memory_for_two_models_nothing_is_tuned(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "memory", lambda *_: 10**18)
+    monkeypatch.setattr(recovery, "memory", lambda *_: 10**18)
     with pytest.warns(UserWarning, match="not tuned"):
         report = compressed(folder, "untuned", budget="5bpw", tuning=None)
     assert report.calibration is not None

@@ -11,7 +11,6 @@ import json
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -19,8 +18,6 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-from psutil import virtual_memory
 
 from tenpak.allocation.budget import Budget
 from tenpak.artifact.leftovers import remove_unused
@@ -37,10 +34,9 @@ from tenpak.errors import ArtifactError, BudgetError, CalibrationError, CodecErr
 from tenpak.job import Job, open_job
 from tenpak.policies import Policy, refuse_budget
 from tenpak.publishing import publish, record, versions
-from tenpak.recovery import DEFAULT_STEPS, memory
+from tenpak.recovery import chosen_steps
 from tenpak.report.report import Report, measured
 from tenpak.task import Progress, Propagation, Task, encode_all, prepare
-from tenpak.tuning.distil import split_windows
 from tenpak.work import Work, default_work
 
 __all__ = ["Progress", "compress"]
@@ -143,7 +139,7 @@ def compress(
         trust_remote_code=trust_remote_code,
     )
     _require_other_text(task, evaluation)
-    steps = _steps(task, tuning, by_budget=spent is not None)
+    steps = chosen_steps(task, tuning, by_default=spent is not None)
     run = _run(task, by_budget=spent is not None)
     with ExitStack() as stack:
         root = stack.enter_context(Work(_work_folder(work, out, run), run))
@@ -207,32 +203,6 @@ def _encoded(search: Search, spent: Budget | None, stack: ExitStack) -> tuple[Ta
         return found.task, units, report_of(found, spent)
     encode_all(search.task, search.root, search.progress)
     return search.task, search.tuned(search.task, search.root, "recipe", stack), None
-
-
-def _steps(task: Task, tuning: int | None, *, by_budget: bool) -> int:
-    """How many steps to tune: by default some with a budget, if there is a text and memory for two models.
-
-    Raises:
-        CalibrationError: tuning was asked for, and there is no text to tune on.
-    """
-    if tuning is not None:
-        if tuning > 0 and task.reading is None:
-            raise CalibrationError(
-                "tuning needs a text to learn from, and there is none", hint="give --calibration TEXT, or --tune 0"
-            )
-        return max(tuning, 0)
-    if not by_budget or task.reading is None or not len(split_windows(task.reading.tokens, task.reading.window)[0]):
-        return 0
-    job = task.job
-    needed, free = memory(job.plan.parameters, job.config.get_text_config().vocab_size), virtual_memory().available
-    if needed > free:
-        warnings.warn(
-            f"not tuned: that takes both models in memory, about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are "
-            f"free; --tune {DEFAULT_STEPS} does it nevertheless",
-            stacklevel=3,
-        )
-        return 0
-    return DEFAULT_STEPS
 
 
 def _measured_pass(folder: Path, evaluation: str | Path | None, spent: Budget | None, task: Task, units: Work) -> float:

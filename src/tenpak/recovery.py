@@ -2,22 +2,23 @@
 
 Both models are in memory as a whole, in FP32, which nothing else here needs: see ``memory``. The text is the one that
 was calibrated on, read further than for statistics where it goes further, since scales would fit a short one too well;
-its last windows decide when to stop. What is stored is checked, not what was
-simulated: the tuned tensors are read back, and where they are no nearer to the original than the untuned ones on the
-windows held out, these stay.
+its last windows decide when to stop. What is stored is checked, not what was simulated: the tuned tensors are read
+back, and where they are no nearer to the original than the untuned ones on the windows held out, these stay.
 
 Experts stay as they are: a token rarely meets one, so a step would move most of them by chance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from psutil import virtual_memory
 from torch import Tensor
 
-from tenpak.allocation.plan import PlanEntry, is_parameter
+from tenpak.allocation.plan import PlanEntry, is_vector
 from tenpak.calibrating import Reading, first_tokens
 from tenpak.calibration.skeleton import Reader, Skeleton
 from tenpak.checkpoint.source import TORCH_DTYPES
@@ -30,7 +31,7 @@ from tenpak.task import Progress, Task, numbered
 from tenpak.tuning.distil import MOST_HELD_OUT, STEP_TOKENS, Knob, Trace, distil, divergence, split_windows
 from tenpak.work import Tuned, Work
 
-__all__ = ["DEFAULT_STEPS", "memory", "recover"]
+__all__ = ["DEFAULT_STEPS", "chosen_steps", "memory", "recover"]
 
 DEFAULT_STEPS = 240
 _SCALE_RATE = 2e-3  # relative to a knob's own scale
@@ -43,11 +44,42 @@ def memory(parameters: int, vocabulary: int) -> int:
     return 2 * 4 * parameters + 4 * 4 * STEP_TOKENS * vocabulary
 
 
+def chosen_steps(task: Task, given: int | None, *, by_default: bool) -> int:
+    """How many steps to tune.
+
+    Args:
+        task: what is compressed, and on which text.
+        given: what the user says, if anything.
+        by_default: whether to tune otherwise, where there is text enough, and memory for two models.
+
+    Raises:
+        CalibrationError: tuning was asked for, and there is no text to tune on.
+    """
+    if given is not None:
+        if given > 0 and task.reading is None:
+            raise CalibrationError(
+                "tuning needs a text to learn from, and there is none", hint="give --calibration TEXT, or --tune 0"
+            )
+        return max(given, 0)
+    if not by_default or task.reading is None or not len(split_windows(task.reading.tokens, task.reading.window)[0]):
+        return 0
+    job = task.job
+    needed, free = memory(job.plan.parameters, job.config.get_text_config().vocab_size), virtual_memory().available
+    if needed > free:
+        warnings.warn(
+            f"not tuned: that takes both models in memory, about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are "
+            f"free; --tune {DEFAULT_STEPS} does it nevertheless",
+            stacklevel=3,
+        )
+        return 0
+    return DEFAULT_STEPS
+
+
 def recover(task: Task, units: Work, into: Work, steps: int, progress: Progress | None = None) -> dict[str, Any]:
     """Tune a finished run.
 
     Args:
-        task: whose reading is the text; its first part is learnt from.
+        task: with a text, its ``reading``; its first part is learnt from.
         units: of the run, all finished.
         into: where all tensors go, tuned or as they were; done at once if it was done before.
         steps: at most this many, each of about 2048 tokens.
@@ -58,15 +90,12 @@ def recover(task: Task, units: Work, into: Work, steps: int, progress: Progress 
         stored; ``trace``, the same of the simulation, by steps; ``kept``, whether the tuned tensors were taken.
 
     Raises:
-        CalibrationError: there is no text, or it is too short.
+        CalibrationError: the text is too short.
         ArtifactError: the work folder cannot be written.
     """
     if into.tuned is not None and into.tuned.about:
         return dict(into.tuned.about)
-    if task.reading is None:
-        raise CalibrationError(
-            "tuning needs a text to learn from, and there is none", hint="give --calibration TEXT, or --tune 0"
-        )
+    assert task.reading is not None  # no step is chosen without a text
     learning, held_out = split_windows(_tokens(task, task.reading, steps), task.reading.window)
     items = numbered(task.job)
     if not len(learning):
@@ -86,17 +115,14 @@ def recover(task: Task, units: Work, into: Work, steps: int, progress: Progress 
         seed=task.seed,
         progress=None if progress is None else lambda done, total: progress("tuning", done, total),
     )
-    student.store(items, units, into)
+    _store(items, units, into, student.weights)
     dense = student.dense()
     del student
-    into.put_tuned(Tuned(dense, {}))
+    into.put_tuned(Tuned(dense, {}))  # to be read back; without a word on how it went it does not count as done
     stored = _whole(task, stored_reader(task.job.checkpoint, task.job.plan.entries, into))
     about = _about(steps, trace, divergence(stored, teacher, held_out))
     if not about["kept"]:
-        for item in items:
-            unit = units.get(item.number, item.entry.weight.name)
-            assert unit is not None  # the run is finished
-            into.put(item.number, item.entry.weight.name, unit)
+        _store(items, units, into, {})
     into.put_tuned(Tuned(dense if about["kept"] else {}, about))
     return about
 
@@ -143,26 +169,27 @@ class _Student:
         vectors = {
             entry.weight.name: (entry, skeleton.model.get_parameter(entry.weight.parameter).requires_grad_())
             for entry in entries
-            if _is_vector(entry)
+            if entry.codec is None and is_vector(entry.weight)
         }
         knobs = [Knob(*knob, _SCALE_RATE) for weight in taken.values() for knob in weight.knobs()]
         knobs += [_vector_knob(entry, parameter) for entry, parameter in vectors.values()]
         return cls(skeleton, knobs, {item.number: weight for item, weight in tunable}, vectors)
-
-    def store(self, items: Sequence[Numbered], units: Work, into: Work) -> None:
-        """Write all tensors of the run, with the payloads that the knobs now stand for."""
-        for item in items:
-            unit = units.get(item.number, item.entry.weight.name)
-            assert unit is not None  # the run is finished
-            if item.number in self.weights:
-                unit = replace(unit, payloads=(self.weights[item.number].payload(),))
-            into.put(item.number, item.entry.weight.name, unit)
 
     def dense(self) -> dict[str, Tensor]:
         """The tuned vectors as they are stored."""
         return {
             name: parameter.detach().to(TORCH_DTYPES[entry.dtype]) for name, (entry, parameter) in self.vectors.items()
         }
+
+
+def _store(items: Sequence[Numbered], units: Work, into: Work, tuned: Mapping[int, Tunable]) -> None:
+    """Write all tensors of a run, those that are tuned with the payloads that their knobs now stand for."""
+    for item in items:
+        unit = units.get(item.number, item.entry.weight.name)
+        assert unit is not None  # the run is finished
+        if item.number in tuned:
+            unit = replace(unit, payloads=(tuned[item.number].payload(),))
+        into.put(item.number, item.entry.weight.name, unit)
 
 
 def _tunables(items: Sequence[Numbered], units: Work) -> list[tuple[Numbered, Tunable]]:
@@ -178,13 +205,6 @@ def _tunables(items: Sequence[Numbered], units: Work) -> list[tuple[Numbered, Tu
             if tunable is not None:
                 found.append((item, tunable))
     return found
-
-
-def _is_vector(entry: PlanEntry) -> bool:
-    weight = entry.weight
-    floating = TORCH_DTYPES[weight.dtype].is_floating_point
-    whole = weight.slot is None and not weight.restructured
-    return entry.codec is None and len(weight.shape) == 1 and floating and whole and is_parameter(weight)
 
 
 def _vector_knob(entry: PlanEntry, parameter: Tensor) -> Knob:

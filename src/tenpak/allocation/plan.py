@@ -16,13 +16,14 @@ from dataclasses import dataclass
 
 from tenpak.artifact.schema import CODES_SUFFIX
 from tenpak.checkpoint.header import DTYPE_BYTES
+from tenpak.checkpoint.source import TORCH_DTYPES
 from tenpak.checkpoint.structure import Weight
 from tenpak.codecs.base import Codec
 from tenpak.codecs.trellis import Trellis
 from tenpak.codecs.uniform import Uniform
 from tenpak.errors import RecipeError
 
-__all__ = ["EMBEDDING_CODEC", "Override", "Plan", "PlanEntry", "is_parameter", "make_plan", "stored_rows"]
+__all__ = ["EMBEDDING_CODEC", "Override", "Plan", "PlanEntry", "is_parameter", "is_vector", "make_plan", "stored_rows"]
 
 EMBEDDING_CODEC = Uniform(bits=8, group=None, symmetric=True)
 
@@ -114,8 +115,7 @@ def _entry(weight: Weight, codec: Codec | None, overrides: Sequence[Override]) -
 
 def _narrowed(weight: Weight, codec: Codec | None) -> str | None:
     """Vectors in FP32 are a per cent and more of a small model; where a codec counts every bit, they take 16 each."""
-    vector = len(weight.shape) == 1 and weight.dtype == "F32" and is_parameter(weight) and not weight.restructured
-    return "BF16" if vector and isinstance(codec, Trellis) else None
+    return "BF16" if isinstance(codec, Trellis) and weight.dtype == "F32" and is_vector(weight) else None
 
 
 def _require_whole_stacks(entries: Sequence[PlanEntry]) -> None:
@@ -133,6 +133,12 @@ def _require_whole_stacks(entries: Sequence[PlanEntry]) -> None:
 def is_parameter(weight: Weight) -> bool:
     """Whether the tensor is a parameter of the model: not a buffer, not unused, not the copy of a tied weight."""
     return bool(weight.parameter) and weight.tied_to is None and weight.reason != "a buffer"
+
+
+def is_vector(weight: Weight) -> bool:
+    """Whether the tensor is a whole floating-point parameter of one dimension: a norm or a bias."""
+    floating = TORCH_DTYPES[weight.dtype].is_floating_point
+    return len(weight.shape) == 1 and floating and is_parameter(weight) and not weight.restructured
 
 
 def _matches(pattern: str, name: str) -> bool:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality import WINDOW, shared, tenpak
+from quality import WINDOW, compressed, shared, tenpak
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -103,18 +103,14 @@ def measure(row: str, recipe: str, options: tuple[str, ...], model: Path, folder
     """KL of a row."""
     given = dict(zip(options[::2], options[1::2], strict=True))
     texts = shared() / "data"
-    read = {"--calibration": "tinystories_train.txt", "--calibration-tokens": str(TOKENS), **given}
-    read["--calibration"] = str(texts / read["--calibration"])
+    calibration: Path | None = texts / given.pop("--calibration", "tinystories_train.txt")
+    tokens = int(given.pop("--calibration-tokens", TOKENS))
     if "--statistics" in given:
-        read["--statistics"] = str(folder / given["--statistics"])
         if given["--statistics"] == "diagonal":
-            del read["--calibration"]  # with a text its blocks would be followed
-    out = folder / "".join(c if c.isalnum() else "-" for c in row)
-    command = ["compress", model, "-o", out, "--recipe", recipe, "--calibration-window", str(WINDOW)]
-    tenpak(*command, *(word for item in read.items() for word in item), "--evaluation", "none")
-    text = texts / "tinystories_eval.txt"
-    found = tenpak("evaluate", out, "--against", model, "--text", text, "--window", str(WINDOW))
-    shutil.rmtree(out)
+            calibration = None  # with a text its blocks would be followed
+        given["--statistics"] = str(folder / given["--statistics"])
+    command = ("--recipe", recipe, *(word for item in given.items() for word in item))
+    _, found = compressed(model, command, calibration, texts / "tinystories_eval.txt", tokens)
     print(f"{model.name}: {row}: KL {found['kl']:.5f}", file=sys.stderr)
     keys = ("kl", "kl_se", "ppl_increase", "ppl_increase_se", "bpw", "bytes")
     return {"recipe": recipe, **json.loads(json.dumps({key: found[key] for key in keys}))}

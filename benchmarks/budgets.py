@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from quality import TOKENS, WINDOW, cases, shared, tenpak
+from quality import TOKENS, WINDOW, cases, compressed, shared
 
 BUDGETS = ("10x", "12x")
 HEADLINE = "tinystories-3.7m, own text"  # a short text: ratios only
@@ -63,11 +62,7 @@ def run_rivals() -> dict[str, Any]:
 
 def measure(options: tuple[str, ...], model: Path, calibration: Path, text: Path) -> dict[str, Any]:
     """Compress and evaluate, each in a process of its own."""
-    with tempfile.TemporaryDirectory(prefix="tenpak-budget-") as folder:
-        out = Path(folder) / "artifact"
-        read = ("--calibration", calibration, "--calibration-tokens", str(TOKENS), "--calibration-window", str(WINDOW))
-        report = tenpak("compress", model, "-o", out, *options, *read, "--evaluation", "none")
-        found = tenpak("evaluate", out, "--against", model, "--text", text, "--window", str(WINDOW))
+    report, found = compressed(model, options, calibration, text)
     print(f"{model.name}: {' '.join(options)}: {found['ratio_fp32']:.3f}x, KL {found['kl']:.5f}", file=sys.stderr)
     kept = {key: report[key] for key in ("recipe", "search", "seconds", "codecs")}
     kept |= {"tuning": report["calibration"].get("tuning")}

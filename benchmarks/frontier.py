@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ablation import keep_diagonal
-from quality import TOKENS, WINDOW, shared, tenpak
+from quality import TOKENS, WINDOW, compressed, shared, tenpak
 
 MODEL = "babyllama-tok105-0.94m"
 NNCODEC = "2.1.3"
@@ -127,14 +127,9 @@ def read_off(points: list[dict[str, Any]], at: int) -> float:
 
 def tenpak_run(model: Path, texts: Path, options: tuple[str, ...], tokens: int = TOKENS) -> dict[str, Any]:
     """Compress and evaluate, each in a process of its own."""
-    read = ["--calibration-tokens", str(tokens), "--calibration-window", str(WINDOW)]
-    if "--statistics" not in options:  # with a text its blocks would be followed
-        read += ["--calibration", str(texts / "tinystories_train.txt")]
-    with tempfile.TemporaryDirectory(prefix="tenpak-frontier-") as folder:
-        out = Path(folder) / "artifact"
-        report = tenpak("compress", model, "-o", out, *options, *read, "--evaluation", "none")
-        text = texts / "tinystories_eval.txt"
-        found = tenpak("evaluate", out, "--against", model, "--text", text, "--window", str(WINDOW))
+    # With a text its blocks would be followed, whatever the statistics.
+    calibration = None if "--statistics" in options else texts / "tinystories_train.txt"
+    report, found = compressed(model, options, calibration, texts / "tinystories_eval.txt", tokens)
     print(f"{' '.join(options[:2])} …: {found['bpw']:.3f} bpw, KL {found['kl']:.5f}", file=sys.stderr)
     keys = ("bytes", "bpw", "kl", "kl_se", "ppl_increase", "ppl_increase_se")
     return {"options": [Path(o).name for o in options], "recipe": report["recipe"], **{key: found[key] for key in keys}}

@@ -71,13 +71,29 @@ def run() -> Iterator[dict[str, Any]]:
 
 def measure(recipe: str, options: tuple[str, ...], model: Path, calibration: Path, text: Path) -> dict[str, Any]:
     """Compress and evaluate, each in a process of its own."""
-    with tempfile.TemporaryDirectory(prefix="tenpak-quality-") as folder:
-        out = Path(folder) / "artifact"
-        read = ("--calibration", calibration, "--calibration-tokens", str(TOKENS), "--calibration-window", str(WINDOW))
-        tenpak("compress", model, "-o", out, "--recipe", recipe, *read, *options, "--evaluation", "none")
-        found = tenpak("evaluate", out, "--against", model, "--text", text, "--window", str(WINDOW))
+    _, found = compressed(model, ("--recipe", recipe, *options), calibration, text)
     print(f"{model.name}: {recipe}: {found['bpw']:.3f} bpw, KL {found['kl']:.5f}", file=sys.stderr)
     return {"recipe": recipe, "options": list(options), **found}
+
+
+def compressed(
+    model: Path, options: tuple[str, ...], calibration: Path | None, text: Path, tokens: int = TOKENS
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A model compressed and evaluated, each in a process of its own: report and evaluation.
+
+    Args:
+        model: its folder.
+        options: of `tenpak compress`.
+        calibration: text to calibrate on, None for none.
+        text: what to measure on.
+        tokens: of the calibration text.
+    """
+    read = ["--calibration-tokens", str(tokens), "--calibration-window", str(WINDOW)]
+    read += [] if calibration is None else ["--calibration", str(calibration)]
+    with tempfile.TemporaryDirectory(prefix="tenpak-benchmark-") as folder:
+        out = Path(folder) / "artifact"
+        report = tenpak("compress", model, "-o", out, *options, *read, "--evaluation", "none")
+        return report, tenpak("evaluate", out, "--against", model, "--text", text, "--window", str(WINDOW))
 
 
 def tenpak(*arguments: str | Path) -> dict[str, Any]:

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quality import WINDOW, cases, tenpak
+from quality import WINDOW, cases, compressed
 
 TOKENS = 32_768
 SLACK_RATIO, SLACK_LOSS, SLACK_POINT = 0.9, 2.0, 0.005
@@ -121,11 +120,7 @@ def key(row: Row) -> str:
 
 def measure(row: Row, model: Path, calibration: Path, text: Path) -> dict[str, Any]:
     """A row on a model: compressed and evaluated, each in a process of its own."""
-    with tempfile.TemporaryDirectory(prefix="tenpak-seeds-") as folder:
-        out = Path(folder) / "artifact"
-        read = ("--calibration", calibration, "--calibration-tokens", str(TOKENS), "--calibration-window", str(WINDOW))
-        report = tenpak("compress", model, "-o", out, *row.options, *read, "--evaluation", "none")
-        found = tenpak("evaluate", out, "--against", model, "--text", text, "--window", str(WINDOW))
+    report, found = compressed(model, row.options, calibration, text, TOKENS)
     print(f"{model.name}: {key(row)}: {found['ratio_fp32']:.2f}x, KL {found['kl']:.5f}", file=sys.stderr)
     names = ("bytes", "bpw", "ratio_fp32", "kl", "kl_se", "ppl_increase", "ppl_increase_se")
     return {**{name: found[name] for name in names}, "seconds": report["seconds"]}

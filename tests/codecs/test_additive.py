@@ -4,40 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from matrices import known, loss, random, weights
 from torch import Tensor
 
 from tenpak.codecs.additive import Additive
-from tenpak.codecs.base import Codec, Statistics
 from tenpak.codecs.codebook_fit import Fitted, Plan, fit, least_squares, loss_of
 from tenpak.codecs.codebooks import cut, expand, nearest
 from tenpak.codecs.rounding.feedback import feedback
 from tenpak.codecs.vector import Vector
 from tenpak.errors import CodecError, MissingStatisticsError, RecipeError
 from tenpak.kernels import unpack
-
-
-def random(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def weights(rows: int, columns: int, seed: int = 0) -> Tensor:
-    return torch.randn(rows, columns, generator=random(seed)) * 0.02
-
-
-def known(rows: int, columns: int) -> Statistics:
-    """Inputs whose neighbours correlate and whose power differs, outputs of which some matter ten times as much."""
-    index = torch.arange(columns)
-    size = torch.sin(index * 1.7).exp()
-    hessian = 0.9 ** (index[:, None] - index).abs() * size[:, None] * size
-    return Statistics(hessian=hessian, output_curvature=torch.randn(rows, generator=random(3)).exp())
-
-
-def loss(weight: Tensor, codec: Codec, statistics: Statistics) -> float:
-    """Σ g·(E H Eᵀ)."""
-    assert statistics.hessian is not None
-    assert statistics.output_curvature is not None
-    error = (weight - codec.decode(codec.encode(weight, statistics))).double()
-    return float(statistics.output_curvature.double() @ (error @ statistics.hessian.double() * error).sum(1))
 
 
 @pytest.mark.parametrize(("books", "dimension", "entries"), [(1, 2, 16), (2, 8, 64), (3, 4, 512), (4, 16, 32)])

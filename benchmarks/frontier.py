@@ -8,7 +8,8 @@ row says so. Sizes are those of the weight files; of nncodec (the ISO standard's
 which knows no data) those of its bitstream. It runs in an environment of its own, made once in the user's cache, with
 only the modules that coding needs; its other imports (image data sets and the like) are replaced by empty ones.
 
-An ingredient's row is measured at two steps and read off, on a line through the logarithms, at the bytes of the base.
+An ingredient's row is measured at two steps, the second one near the bytes of the base, and read off at these bytes on a
+line through the logarithms.
 """
 
 from __future__ import annotations
@@ -87,24 +88,22 @@ def run_ingredients() -> dict[str, Any]:
         text = texts / "tinystories_train.txt"
         tenpak("calibrate", model, "-o", Path(folder) / "full", "--calibration", text, *read)
         keep_diagonal(Path(folder))
-        tasks = [(name, factor) for name in INGREDIENTS for factor in (0.93, 1.07)]
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            found = list(pool.map(lambda task: ingredient(model, texts, Path(folder), *task), tasks))
         base = tenpak_run(model, texts, recipe(STEP, ""), FEW_TOKENS)
-    rows: dict[str, Any] = {}
-    for (name, _), point in zip(tasks, found, strict=True):
-        rows.setdefault(name, {"points": []})["points"].append(point)
-    for row in rows.values():
-        row["kl"] = read_off(row["points"], base["bytes"])
+        measure = partial(ingredient, model, texts, Path(folder), base)
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            rows = dict(zip(INGREDIENTS, pool.map(measure, INGREDIENTS), strict=True))
     return {"model": MODEL, "window": WINDOW, "calibration_tokens": FEW_TOKENS, "bytes": base["bytes"], "rows": rows}
 
 
-def ingredient(model: Path, texts: Path, statistics: Path, name: str, factor: float) -> dict[str, Any]:
-    """A row at one step."""
+def ingredient(model: Path, texts: Path, statistics: Path, base: dict[str, Any], name: str) -> dict[str, Any]:
+    """A row: at a step that is a little too fine, then where the bytes should be those of the base."""
     words, options = INGREDIENTS[name]
-    step = factor * (DATA_FREE_STEP * weight_scale(model) if "datafree" in words else STEP)
     given = tuple(str(statistics / word) if word == "diagonal" else word for word in options)
-    return tenpak_run(model, texts, (*recipe(step, words), *given), FEW_TOKENS)
+    step = 0.93 * (DATA_FREE_STEP * weight_scale(model) if "datafree" in words else STEP)
+    points = [tenpak_run(model, texts, (*recipe(step, words), *given), FEW_TOKENS)]
+    step *= 2 ** (points[0]["bpw"] - base["bpw"])  # an octave is about a bit
+    points.append(tenpak_run(model, texts, (*recipe(step, words), *given), FEW_TOKENS))
+    return {"points": points, "kl": read_off(points, base["bytes"])}
 
 
 def recipe(step: float, words: str) -> tuple[str, ...]:

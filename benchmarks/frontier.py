@@ -8,8 +8,8 @@ row says so. Sizes are those of the weight files; of nncodec (the ISO standard's
 which knows no data) those of its bitstream. It runs in an environment of its own, made once in the user's cache, with
 only the modules that coding needs; its other imports (image data sets and the like) are replaced by empty ones.
 
-An ingredient's row is measured at two steps, the second one near the bytes of the base, and read off at these bytes on a
-line through the logarithms.
+An ingredient's row is measured at two steps, the second one near the bytes of the base, and read off at these bytes on
+a line through the logarithms.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ __all__ = ["Forked", "forked"]
 FORKER = """
 import json, os, resource, signal, sys, time, traceback
 import tenpak, tenpak.cli, tenpak.pipeline, transformers.models.llama.modeling_llama
-verbs = tenpak.cli.app
+application = tenpak.cli.application
+verbs = application.app
 for line in sys.stdin:
     order = json.loads(line)
     ready, tell = os.pipe()
@@ -32,10 +33,10 @@ for line in sys.stdin:
             verbs(standalone_mode=False)
             while order["signal"] and order["repeat"]:
                 verbs(standalone_mode=False)
-        tenpak.cli.app = app
+        application.app = app
         sys.argv[1:] = order["arguments"]
         try:
-            tenpak.cli.main()
+            application.main()
             os._exit(0)
         except SystemExit as end:
             os._exit(end.code or 0)

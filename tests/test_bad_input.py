@@ -26,6 +26,7 @@ from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditional
 import tenpak
 from tenpak import cli
 from tenpak.artifact.schema import MANIFEST_NAME, dump_manifest, load_manifest
+from tenpak.cli import application, console
 from tenpak.errors import TenpakError
 
 
@@ -51,13 +52,13 @@ def artifact(good: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., str]:
     """``fails(*arguments)`` runs tenpak, requires one error line and one hint, and returns both."""
-    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(cli.warnings, "showwarning", cli.warnings.showwarning)  # put back afterwards
+    monkeypatch.setattr(application.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(application.warnings, "showwarning", application.warnings.showwarning)  # put back afterwards
 
     def run(*arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", ["tenpak", *map(str, arguments)])
-        monkeypatch.setattr(cli.err, "_file", None)
-        monkeypatch.setattr(cli.out, "_file", None)
+        monkeypatch.setattr(console.err, "_file", None)
+        monkeypatch.setattr(console.out, "_file", None)
         with pytest.raises(SystemExit) as end:
             cli.main()
         out, err = capsys.readouterr()

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import tenpak
 from tenpak import cli
+from tenpak.cli import application, console
 from tenpak.recipes import PRESETS, parse
 
 VERBS = ("compress", "inspect", "verify", "evaluate", "generate", "recipes")
@@ -48,8 +49,8 @@ def invoke(*arguments: object) -> tuple[str, str]:
 @pytest.fixture(autouse=True)
 def consoles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Consoles that write to whatever stdout and stderr are at the time: CliRunner replaces them."""
-    monkeypatch.setattr(cli.out, "_file", None)
-    monkeypatch.setattr(cli.err, "_file", None)
+    monkeypatch.setattr(console.out, "_file", None)
+    monkeypatch.setattr(console.err, "_file", None)
 
 
 # Help ------------------------------------------------------------------------------------------------------------
@@ -284,5 +285,5 @@ def test_brackets_in_names_are_no_markup(work: Path, tmp_path: Path) -> None:
 
 
 def test_warnings_are_one_line_without_a_path(capsys: pytest.CaptureFixture) -> None:
-    cli._warn(UserWarning("the text is [short]: figures are noisy"), UserWarning, "/somewhere/evaluate.py", 12)
+    application._warn(UserWarning("the text is [short]: figures are noisy"), UserWarning, "/somewhere/evaluate.py", 12)
     assert capsys.readouterr().err == "warning: the text is [short]: figures are noisy\n"

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from tenpak import cli
+from tenpak.cli import application, console
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -100,13 +101,13 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=name)
 def test_commands_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tinystories: Path) -> None:
     prepare(tmp_path, monkeypatch, tinystories)
-    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(cli.warnings, "showwarning", cli.warnings.showwarning)
+    monkeypatch.setattr(application.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(application.warnings, "showwarning", application.warnings.showwarning)
     for command in commands(page):
         monkeypatch.setattr(sys, "argv", shlex.split(command, comments=True))
         errors = io.StringIO()
-        monkeypatch.setattr(cli.err, "_file", errors)
-        monkeypatch.setattr(cli.out, "_file", output := io.StringIO())
+        monkeypatch.setattr(console.err, "_file", errors)
+        monkeypatch.setattr(console.out, "_file", output := io.StringIO())
         with pytest.raises(SystemExit) as end:
             cli.main()
         assert not end.value.code, f"{command}: {errors.getvalue()}"

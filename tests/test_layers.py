@@ -16,7 +16,7 @@ FILES = sorted(path for path in ROOT.rglob("*.py") if "__pycache__" not in path.
 # A module may import its own layer and those to its right. What the design calls compress is
 # `pipeline`, `publishing`, `prediction`, `dial`, `recovery`, `task`, `sequential`, `encoding`, `work` and `job`.
 LAYERS = (
-    "cli", "options", "console", "pixel", "pipeline", "publishing", "prediction", "dial", "recovery", "task",
+    "cli", "pixel", "pipeline", "publishing", "prediction", "dial", "recovery", "task",
     "sequential", "encoding", "work", "calibrating", "job", "policies", "recipes", "report", "tuning", "allocation",
     "evaluation", "nn", "calibration", "artifact", "checkpoint", "codecs", "kernels", "errors",
 )  # fmt: skip

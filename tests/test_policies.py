@@ -20,11 +20,12 @@ from tenpak.allocation.sensitivity import sensitivities
 from tenpak.artifact.reader import open_artifact
 from tenpak.checkpoint.parts import Place, places
 from tenpak.checkpoint.structure import Weight
+from tenpak.cli import console
+from tenpak.cli.options import PolicyName
 from tenpak.codecs.lowrank import LowRank
 from tenpak.codecs.uniform import Uniform
 from tenpak.errors import BudgetError, CalibrationError, MissingStatisticsError, RecipeError
 from tenpak.job import Job, open_job
-from tenpak.options import PolicyName
 from tenpak.policies import DEFAULT_MIN_DIM, DEFAULT_RANK, POLICIES, Policy, policy_of
 
 TEXT = "the cat sat on the mat and looked at the moon.\n" * 12
@@ -407,8 +408,8 @@ def test_products_come_from_the_int8_factors(models: Any, tmp_path: Path, monkey
 
 
 def test_the_command_line(talker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli.out, "_file", None)
-    monkeypatch.setattr(cli.err, "_file", None)
+    monkeypatch.setattr(console.out, "_file", None)
+    monkeypatch.setattr(console.err, "_file", None)
 
     def run(*arguments: object) -> Any:
         return CliRunner().invoke(cli.app, ["compress", str(talker), *map(str, arguments), "--json"])

@@ -23,6 +23,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ def nncodec(model: Path, text: Path) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="tenpak-nncodec-") as folder:
         for qp in STEPS_OF_NNCODEC:
             job = {"model": str(model / "model.safetensors"), "qp": qp, "out": f"{folder}/{qp}.safetensors"}
-            command = [python, Path(__file__), json.dumps(job)]
+            command = [python, Path(__file__).with_name("nncodec_run.py"), json.dumps(job)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             size = int(done.stdout.strip().splitlines()[-1])
             points.append({"qp": qp, "bytes": size, **compared(model, Path(job["out"]), text)})
@@ -161,7 +162,7 @@ def peer_environment() -> Path:
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
         subprocess.run([interpreter, "-m", "pip", "install", "-q", "--no-deps", f"nncodec=={NNCODEC}"], check=True)
         # torch, numpy and safetensors are the same as here.
-        packages = next(Path(path) for path in sys.path if path.endswith("site-packages"))
+        packages = Path(str(find_spec("torch").origin)).parents[1]
         site = next((folder / "lib").glob("python*/site-packages"))
         (site / "shared.pth").write_text(f"{packages}\n")
         ready.touch()
@@ -181,39 +182,3 @@ def compared(model: Path, weights: Path, text: Path) -> dict[str, Any]:
     tokens = tokenize(load_tokenizer(model), load_text(text))
     found = fidelity(original, other, tokens, window=WINDOW).to_json()
     return {key: found[key] for key in ("kl", "kl_se", "ppl_increase", "ppl_increase_se")}
-
-
-def code_there(job: dict[str, Any]) -> None:
-    """In nncodec's environment: code a model, decode it again, say the size of the bitstream."""
-    import importlib.abc
-    import importlib.machinery
-    from unittest.mock import MagicMock
-
-    unused = {"torchvision", "pandas", "cv2", "ptflops", "torchmetrics", "sklearn", "h5py", "tensorflow", "flwr"}
-
-    class Empty(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-        def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-            found = name.split(".")[0] in unused
-            return importlib.machinery.ModuleSpec(name, self, is_package=True) if found else None
-
-        def create_module(self, spec: Any) -> Any:
-            return MagicMock(__path__=[], __name__=spec.name, __spec__=spec)
-
-        def exec_module(self, module: Any) -> None:
-            pass
-
-    sys.meta_path.append(Empty())
-    import torch
-    from nncodec import nnc
-    from safetensors.torch import load_file, save_file
-
-    tensors = {name: tensor.float().numpy() for name, tensor in load_file(job["model"]).items()}
-    path = job["out"] + ".nnc"
-    stream = nnc.compress(dict(tensors), bitstream_path=path, qp=job["qp"], use_dq=True, return_bitstream=True)
-    decoded = nnc.decompress(stream)
-    save_file({name: torch.tensor(value) for name, value in decoded.items()}, job["out"])
-    print(len(stream))
-
-
-if __name__ == "__main__":
-    code_there(json.loads(sys.argv[1]))

@@ -342,6 +342,8 @@ def machine() -> str:
         "budgets",
         "rivals",
         "policies",
+        "ingredients",
+        "frontier",
     ):
         env = load(name)["environment"]
         versions = ", ".join(f"{package} {number}" for package, number in env["versions"].items())

@@ -57,7 +57,7 @@ def test_a_budget_of_size_is_met_by_the_written_files(folder: Path, five_bits: R
 
 
 def test_the_recorded_recipe_gives_the_same_bytes(folder: Path, five_bits: Report) -> None:
-    step = five_bits.search["trials"][-1]["step"] if five_bits.search else None
+    step = five_bits.search["trials"][-1]["value"] if five_bits.search else None
     assert five_bits.recipe == f"trellis:{step!r}"
     compressed(folder, "again", recipe=five_bits.recipe, overrides=[f"*={five_bits.recipe}"])
     for path in sorted((folder / "five").glob("*.safetensors")):

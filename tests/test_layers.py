@@ -14,10 +14,12 @@ ROOT = Path(tenpak.__file__).parent
 FILES = sorted(path for path in ROOT.rglob("*.py") if "__pycache__" not in path.parts)
 
 # A module may import its own layer and those to its right. What the design calls compress is
-# `pipeline`, `publishing`, `prediction`, `dial`, `recovery`, `task`, `sequential`, `encoding`, `work` and `job`.
+# `pipeline`, `publishing`, `prediction`, `knobs`, `profiling`, `dial`, `recovery`, `task`, `sequential`, `encoding`,
+# `work` and `job`.
 LAYERS = (
-    "cli", "pixel", "pipeline", "publishing", "prediction", "dial", "recovery", "task",
-    "sequential", "encoding", "work", "calibrating", "job", "policies", "recipes", "report", "tuning", "allocation",
+    "cli", "pixel", "pipeline", "publishing", "prediction", "knobs", "profiling", "dial", "recovery", "task",
+    "sequential", "encoding", "work", "calibrating", "job", "policies", "plans", "recipes", "report", "tuning",
+    "allocation",
     "evaluation", "nn", "calibration", "artifact", "checkpoint", "codecs", "kernels", "errors",
 )  # fmt: skip
 # The package itself, what runs it, and what registers it hold the layers together.

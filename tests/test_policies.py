@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import tenpak
 from tenpak import cli
-from tenpak.allocation.sensitivity import sensitivities
+from tenpak.allocation.buckets import sensitivities
 from tenpak.artifact.reader import open_artifact
 from tenpak.checkpoint.parts import Place, places
 from tenpak.checkpoint.structure import Weight

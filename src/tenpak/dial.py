@@ -1,18 +1,18 @@
-"""The dial: the step of the flagship codec with which a model meets a budget.
+"""Meeting a budget: a search over the one number that a knob turns.
 
-One number, ``step``, sets the rate of every tensor (``codecs.trellis``), so meeting a budget is a search over it.
-Statistics of the original model are collected once. For a budget of size the search runs on rates that are cheap to
-know (tensors encoded for the original model's inputs; of large models a sample of them), then on whole passes, whose
-sizes are those of the files. The pass that fits is tuned (``recovery``), which adds a little. A budget of quality is
-met by artifacts that are tuned, written, reloaded and measured.
+A knob (``knobs``) is the step of the flagship codec, or the room that an allocation among candidates may fill.
+Statistics of the original model are collected once. A budget of size is met by whole passes, whose sizes are those of
+the files; the pass that fits is tuned (``recovery``), which may add a little. A budget of quality is met by artifacts
+that are tuned, written, reloaded and measured.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -20,24 +20,55 @@ from tenpak.allocation.budget import Budget, Trial
 from tenpak.allocation.budget import search as find
 from tenpak.allocation.plan import PlanEntry, stored_rows
 from tenpak.artifact.writer import predicted_bytes
-from tenpak.checkpoint.header import DTYPE_BYTES
-from tenpak.codecs.trellis import Trellis
-from tenpak.encoding import Numbered, encode_entries
-from tenpak.errors import InfeasibleBudgetError
-from tenpak.job import Job, replanned
+from tenpak.errors import BudgetError, InfeasibleBudgetError
+from tenpak.job import Job
 from tenpak.recovery import recover
-from tenpak.task import Progress, Task, encode_all, numbered, statistics_of
-from tenpak.work import Work
+from tenpak.report.report import Report
+from tenpak.task import Progress, Task, encode_all
+from tenpak.work import Work, run_key
 
-__all__ = ["Found", "Search", "dial", "dialled_job", "report_of", "written_bytes"]
+__all__ = ["SLACK", "Found", "Knob", "Measure", "Search", "dial", "infeasible", "promise", "report_of", "written_bytes"]
 
-_SLACK = 0.005  # a size within half a per cent below the budget is near enough
-_QUALITY_SLACK = 0.1
-_SAMPLE = 20_000_000  # weights that the first search encodes at most
-_FINEST = 12.0  # bits per weight, beyond which no step is tried
-_TUNED_BITS = 2  # that tuning adds for each row and column, to begin with
+SLACK = 0.005  # a size within half a per cent below the budget is near enough
+_QUALITY_SLACK = 0.05
 _ROUNDS = 3
-_FIRST_LOSS = 0.02  # nats per token: where the search for a size starts
+
+
+class Knob(ABC):
+    """The one number that a search turns; sizes and losses are monotonic in it, as far as discrete choices allow."""
+
+    @abstractmethod
+    def job(self, job: Job) -> Job:
+        """The job as it is calibrated, before the knob has a value."""
+
+    @abstractmethod
+    def at(self, task: Task, value: float) -> Task:
+        """The task at a value."""
+
+    @abstractmethod
+    def start(self, search: Search, budget: Budget) -> tuple[float, float]:
+        """A value near the budget, and for one of size the bytes that tuning may add, to begin with.
+
+        Raises:
+            InfeasibleBudgetError: no value meets the budget; states the nearest that can be reached.
+        """
+
+    @abstractmethod
+    def turn(self, search: Search, trial: Trial, goal: float, *, size: bool) -> float:
+        """From a first trial, log2 of the factor by which to change the value for its cost to become ``goal``."""
+
+    def bytes(self, value: float, max_shard_bytes: int) -> int | None:
+        """Exact size of the weight files at a value; None where only coding can tell."""
+        return None
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A measured loss, its standard error where there is one, and on how many tokens."""
+
+    cost: float
+    error: float | None
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -45,8 +76,8 @@ class Search:
     """What a search works with.
 
     Attributes:
-        task: the job at any step, see ``dialled_job``.
-        root: the work folder of the whole search; each step has its own within it.
+        task: the job as the knob wants it calibrated.
+        root: the work folder of the whole search; each pass has its own within it.
         measure: writes an artifact of a pass and measures it: its KL, or increase of perplexity.
         steps: of tuning; 0 for none.
         max_shard_bytes: of weight files.
@@ -55,17 +86,17 @@ class Search:
 
     task: Task
     root: Work
-    measure: Callable[[Task, Work], float]
+    measure: Callable[[Task, Work], Measure]
     steps: int
     max_shard_bytes: int
     progress: Progress | None = None
 
-    def encoded(self, step: float, stack: ExitStack) -> tuple[Task, Work]:
-        """The task at a step, and the work of its pass, which stays open as long as ``stack``."""
-        task = _at(self.task, step)
-        work = stack.enter_context(self.root.inner(f"{step!r}", {"step": step}))
+    def encoded(self, task: Task, stack: ExitStack) -> Work:
+        """The work of a pass, which stays open as long as ``stack``."""
+        what = {"recipe": task.job.recipe, "overrides": list(task.job.overrides)}
+        work = stack.enter_context(self.root.inner(run_key(what)[:16], what))
         encode_all(task, work, self.progress, statistics=self.root.folder / "statistics")
-        return task, work
+        return work
 
     def tuned(self, task: Task, units: Work, name: str, stack: ExitStack) -> Work:
         """The work of a finished pass after tuning, which stays open as long as ``stack``; as it is without steps."""
@@ -79,95 +110,110 @@ class Search:
 
 @dataclass(frozen=True)
 class Found:
-    """The answer: the task at its step, and the trials that led to it."""
+    """The answer: the task at its value, the trials that led to it, and what the last one was measured to be."""
 
     task: Task
     trials: tuple[Trial, ...]
+    measure: Measure | None = None
 
 
-def dialled_job(job: Job, step: float, *, calibrated: bool) -> Job:
-    """The job with the flagship codec at a step for every matrix, embeddings and head included.
-
-    Overrides of the user still win; the recipe that is recorded does the same when given by hand.
-    """
-    recipe = f"trellis:{step!r}" + ("" if calibrated else ":datafree")
-    kept = [entry for entry in job.overrides if not entry.startswith("*=trellis:")]
-    return replanned(job, recipe, (f"*={recipe}", *kept))
-
-
-def dial(search: Search, budget: Budget, stack: ExitStack) -> tuple[Found, Work]:
-    """Search for the step; the work of its pass is complete and stays open as long as ``stack``.
+def dial(search: Search, knob: Knob, budget: Budget, stack: ExitStack) -> tuple[Found, Work]:
+    """Search for a value; the work of its pass is complete and stays open as long as ``stack``.
 
     Raises:
-        InfeasibleBudgetError: no step meets the budget; states the nearest that can be reached.
+        InfeasibleBudgetError: no value meets the budget; states the nearest that can be reached.
+        BudgetError: the budget is below the noise of the text that it is measured on.
     """
 
     @cache
-    def encoded(step: float) -> tuple[Task, Work]:
-        return search.encoded(step, stack)
+    def encoded(value: float) -> tuple[Task, Work]:
+        task = knob.at(search.task, value)
+        return task, search.encoded(task, stack)
 
     @cache
-    def tuned(step: float) -> tuple[Task, Work]:
-        task, work = encoded(step)
-        return task, search.tuned(task, work, f"{step!r}", stack)
+    def tuned(value: float) -> tuple[Task, Work]:
+        task, work = encoded(value)
+        return task, search.tuned(task, work, work.folder.name, stack)
 
-    trials = _by_size(search, budget, encoded, tuned) if budget.is_size else _by_quality(search, budget, tuned)
-    task, work = tuned(trials[-1].step)
-    return Found(task, tuple(trials)), work
+    if budget.is_size:
+        trials, measure = _by_size(search, knob, budget, encoded, tuned), None
+    else:
+        trials, measure = _by_quality(search, knob, budget, tuned)
+    task, work = tuned(trials[-1].value)
+    return Found(task, tuple(trials), measure), work
 
 
 Pass = Callable[[float], tuple[Task, Work]]
-"""Gives the work of a step's pass, and the task at that step."""
+"""Gives the work of a pass at a value, and the task at it."""
 
 
-def _by_size(search: Search, budget: Budget, encoded: Pass, tuned: Pass) -> list[Trial]:
+def _by_size(search: Search, knob: Knob, budget: Budget, encoded: Pass, tuned: Pass) -> list[Trial]:
     """Trials of which the last one meets a budget of size.
 
     What tuning adds is known after it, so the search may take rounds; trials before the last one of a round count what
     the round before has added.
     """
-    limit = budget.bytes(search.task.job.plan.parameters)
-    items = _turned(search.task)
-    coded = sum(item.entry.weight.numel for item in items)
-    added = _TUNED_BITS * sum(sum(item.entry.weight.matrix_shape) for item in items) / 8 if search.steps else 0.0
-    step = _first_step(search, budget, limit - added)
+    limit, shard = budget.bytes(search.task.job.plan.parameters), search.max_shard_bytes
+    value, added = knob.start(search, budget)
     tried: list[Trial] = []
     met: list[Trial] = []
     for _ in range(_ROUNDS):
 
-        def size(step: float, added: float = added) -> float:
-            return written_bytes(*encoded(step), search.max_shard_bytes) + added
+        def size(value: float, added: float = added) -> float:
+            known = knob.bytes(value, shard)
+            return (written_bytes(*encoded(value), shard) if known is None else known) + added
 
-        def octaves(trial: Trial) -> float:
-            return 8 * (trial.cost - limit * (1 - _SLACK / 2)) / coded
+        def turn(trial: Trial) -> float:
+            return knob.turn(search, trial, limit * (1 - SLACK / 2), size=True)
 
-        *others, last = find(size, limit, step, slack=_SLACK, guess=octaves)
-        step = last.step
-        real = Trial(step, written_bytes(*tuned(step), search.max_shard_bytes))
+        *others, last = find(size, limit, value, slack=lambda _: SLACK, guess=turn)
+        value = last.value
+        real = Trial(value, written_bytes(*tuned(value), shard))
         tried += [*others, real]
         if real.cost <= limit:
             met.append(real)
-        if limit * (1 - _SLACK) <= real.cost <= limit:
+        if limit * (1 - SLACK) <= real.cost <= limit or real.cost == last.cost:
             break
         added += real.cost - last.cost
     if not met:
-        raise _infeasible(search, budget, min(trial.cost for trial in tried))
+        raise infeasible(search, budget, min(trial.cost for trial in tried))
     best = max(met, key=lambda trial: trial.cost)
     return [*(trial for trial in tried if trial is not best), best]
 
 
-def _by_quality(search: Search, budget: Budget, tuned: Pass) -> list[Trial]:
-    """Trials of which the last one meets a budget of quality."""
-    # Nats per weight are about step²/10; perplexity grows about as its logarithm does.
-    start = math.sqrt(10 * budget.value / search.task.job.plan.parameters)
-    goal = budget.value * (1 - _QUALITY_SLACK / 2)
-    return find(
-        lambda step: search.measure(*tuned(step)),
-        budget.value,
-        start,
-        slack=_QUALITY_SLACK,
-        guess=lambda trial: math.log2(goal / max(trial.cost, goal / 64)) / 2,
-    )
+def _by_quality(search: Search, knob: Knob, budget: Budget, tuned: Pass) -> tuple[list[Trial], Measure]:
+    """Trials of which the last one meets a budget of quality, and its measure.
+
+    From below, and near enough where the difference is within a standard error or five per cent.
+    """
+    found: dict[float, Measure] = {}
+
+    def cost(value: float) -> float:
+        found[value] = search.measure(*tuned(value))
+        _require_audible(budget, found[value])
+        return found[value].cost
+
+    def slack(trial: Trial) -> float:
+        return min(max(_QUALITY_SLACK, (found[trial.value].error or 0.0) / budget.value), 0.5)
+
+    def turn(trial: Trial) -> float:
+        goal = budget.value * (1 - slack(trial) / 2)
+        return knob.turn(search, trial, goal, size=False)
+
+    start, _ = knob.start(search, budget)
+    trials = find(cost, budget.value, start, slack=slack, guess=turn)
+    return trials, found[trials[-1].value]
+
+
+def _require_audible(budget: Budget, found: Measure) -> None:
+    """Raise BudgetError where the text cannot tell a loss at the limit from none."""
+    if found.error is not None and found.error > budget.value and found.cost < 2 * found.error:
+        tokens = math.ceil(found.tokens * (2 * found.error / budget.value) ** 2)
+        raise BudgetError(
+            f"the budget {budget} is below the noise of the evaluation text: a loss of {found.cost:.2g} is known to "
+            f"± {found.error:.2g} from its {found.tokens:,} tokens",
+            hint=f"give a text of about {tokens:,} tokens, or a KL budget, which needs far less",
+        )
 
 
 def written_bytes(task: Task, work: Work, max_shard_bytes: int) -> int:
@@ -180,64 +226,8 @@ def written_bytes(task: Task, work: Work, max_shard_bytes: int) -> int:
     return predicted_bytes(stored_rows(task.job.plan, bits), max_shard_bytes)
 
 
-def _at(task: Task, step: float) -> Task:
-    return replace(task, job=dialled_job(task.job, step, calibrated=task.calibrated))
-
-
-def _turned(task: Task) -> list[Numbered]:
-    """The tensors whose rate the dial sets."""
-    return [item for item in numbered(task.job) if isinstance(item.entry.codec, Trellis)]
-
-
-def _first_step(search: Search, budget: Budget, limit: float) -> float:
-    """A step whose size is about ``limit`` bytes, from a sample of tensors without propagation.
-
-    Raises:
-        InfeasibleBudgetError: the limit is below what the dense tensors and headers take, or beyond the finest step.
-    """
-    items = _turned(search.task)
-    if not items:
-        raise InfeasibleBudgetError(
-            f"{budget} cannot be met: --set gives every tensor a codec of its own",
-            hint="leave some tensors to the budget, or give no budget",
-        )
-    coded = sum(item.entry.weight.numel for item in items)
-    sample = _sampled(items)
-    scale = coded / sum(item.entry.weight.numel for item in sample)
-    folder = search.root.folder / "statistics"
-    lookup = statistics_of(search.task, folder, search.progress) if search.task.calibrated else None
-    with search.root.inner("empty", {"step": None}) as empty:
-        dense = written_bytes(search.task, empty, search.max_shard_bytes)
-    dense -= sum(item.entry.weight.numel * DTYPE_BYTES[item.entry.weight.dtype] for item in items)
-
-    def size(step: float) -> float:
-        task = _at(search.task, step)
-        chosen = {item.number for item in sample}
-        with search.root.inner(f"sample-{step!r}", {"step": step}) as work:
-            left = [item for item in numbered(task.job) if item.number in chosen]
-            encode_entries(task.job.checkpoint, left, work, lookup)
-            units = [work.get(item.number, item.entry.weight.name) for item in left]
-            bits = sum(payload.bits for unit in units if unit is not None for payload in unit.payloads)
-            work.remove()
-        return dense + scale * bits / 8
-
-    least, most = size(1e5), dense + coded * _FINEST / 8
-    for reached, impossible in ((least, limit < least), (most, limit > most)):
-        if impossible:
-            raise _infeasible(search, budget, reached)
-    start = math.sqrt(10 * _FIRST_LOSS / coded) if search.task.calibrated else 0.02
-    trials = find(
-        size,
-        limit,
-        start,
-        slack=2 * _SLACK,
-        guess=lambda trial: 8 * (trial.cost - limit) / coded,
-        most=12,
-    )
-    return trials[-1].step
-
-
-def _infeasible(search: Search, budget: Budget, reached: float) -> InfeasibleBudgetError:
+def infeasible(search: Search, budget: Budget, reached: float) -> InfeasibleBudgetError:
+    """The error that states the nearest size that can be reached."""
     parameters = search.task.job.plan.parameters
     return InfeasibleBudgetError(
         f"{budget} cannot be met by this model: the nearest that can be reached is about {reached:,.0f} bytes, "
@@ -246,12 +236,28 @@ def _infeasible(search: Search, budget: Budget, reached: float) -> InfeasibleBud
     )
 
 
-def _sampled(items: Sequence[Numbered]) -> list[Numbered]:
-    """Every n-th tensor, so that they are not too many weights; of small models all."""
-    total = sum(item.entry.weight.numel for item in items)
-    return list(items[:: max(math.ceil(total / _SAMPLE), 1)])
+def promise(report: Report, budget: Budget) -> dict[str, Any]:
+    """What was promised and what the written artifact was measured to be: ``limit``, ``reached`` and ``kept``."""
+    if budget.is_size:
+        limit, reached = float(budget.bytes(report.parameters)), float(report.bytes)
+    else:
+        quality = report.quality or {}
+        limit, reached = budget.value, quality.get("kl" if budget.kind == "kl" else "ppl_increase", math.inf)
+    return {"limit": limit, "reached": reached, "kept": reached <= limit}
 
 
 def report_of(found: Found, budget: Budget) -> dict[str, Any]:
     """What the report tells of a search."""
-    return {"budget": str(budget), "trials": [{"step": t.step, "cost": t.cost} for t in found.trials]}
+    about: dict[str, Any] = {
+        "budget": str(budget),
+        "trials": [{"value": trial.value, "cost": trial.cost} for trial in found.trials],
+    }
+    if found.measure is not None and found.measure.error:
+        # To tell differences of five per cent of the budget apart.
+        needed = found.measure.tokens * (found.measure.error / (_QUALITY_SLACK * budget.value)) ** 2
+        about |= {
+            "error": found.measure.error,
+            "tokens": found.measure.tokens,
+            "tokens_for_5_percent": math.ceil(needed),
+        }
+    return about

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from tenpak.allocation.plan import Override, Plan, make_plan
+from tenpak.allocation.saved_plan import SavedPlan
 from tenpak.calibration.statistics import StatisticsFolder
 from tenpak.checkpoint.source import Checkpoint, open_checkpoint, tensor_sha256
 from tenpak.checkpoint.structure import Weight, bind, build_meta_model, check_coverage
+from tenpak.errors import RecipeError
+from tenpak.plans import DENSE, planned
 from tenpak.policies import Policy, apply
 from tenpak.recipes import parse, parse_overrides
 
@@ -36,23 +39,33 @@ def open_job(
     overrides: Sequence[str],
     *,
     policy: Policy | str | None = None,
+    plan: str | Path | None = None,
     statistics: str | Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Job:
     """Open a model and plan its compression; reads headers only, and weights that are stored twice.
 
-    Where no recipe is given it is ``DEFAULT_RECIPE``, or the policy's own. What a policy decides comes before the
-    overrides that are given, which win; some policies read every weight, or the statistics (a folder).
+    Where no recipe is given it is ``DEFAULT_RECIPE``, the policy's own, or ``dense`` with a plan (a file). What policy
+    or plan decide comes before the overrides that are given, which win; some policies read every weight, or the
+    statistics (a folder), and a plan is compared with the weights that it was made for.
 
     Raises:
         RecipeError: the recipe, an override or the policy cannot be used.
+        AllocationError: the plan cannot be read, or is not one for this model.
         CheckpointError: the source cannot be read or is not a decoder-only language model.
         CalibrationError: the policy needs statistics, and these cannot be used.
     """
     policy = Policy(policy) if isinstance(policy, str) else policy
+    if plan is not None and (recipe is not None or policy is not None):
+        raise RecipeError(
+            f"a plan gives every tensor a recipe and excludes a {'policy' if recipe is None else 'recipe'}",
+            hint="leave out one of them; --set PATTERN=RECIPE still decides for single tensors",
+        )
+    saved = None if plan is None else SavedPlan.read(plan)
     if recipe is None:
         recipe = DEFAULT_RECIPE if policy is None else policy.default_recipe
+        recipe = DENSE if saved is not None else recipe
     parse(recipe), parse_overrides(overrides)  # mistakes are told before anything is opened
     checkpoint = open_checkpoint(source, revision=revision)
     model = build_meta_model(checkpoint.folder, trust_remote_code=trust_remote_code)
@@ -62,6 +75,8 @@ def open_job(
     if policy is not None:
         known = None if statistics is None else StatisticsFolder(statistics)
         overrides = (*apply(policy, weights, checkpoint, recipe, known), *overrides)
+    if saved is not None:
+        overrides = (*planned(saved, weights, checkpoint), *overrides)
     return Job(checkpoint, model.config, _planned(weights, recipe, overrides), recipe, tuple(overrides))
 
 

@@ -29,10 +29,12 @@ from tenpak.artifact.writer import (
 from tenpak.calibrating import DEFAULT_TOKENS
 from tenpak.calibration.choice import Text
 from tenpak.checkpoint.source import fingerprint, tensor_sha256
-from tenpak.dial import Search, dial, dialled_job, report_of
+from tenpak.dial import Found, Knob, Measure, Search, dial, promise, report_of
 from tenpak.errors import ArtifactError, BudgetError, CalibrationError, CodecError, EvaluationError
 from tenpak.job import Job, open_job
+from tenpak.knobs import Room, Step
 from tenpak.policies import Policy, refuse_budget
+from tenpak.profiling import Candidates
 from tenpak.publishing import publish, record, versions
 from tenpak.recovery import chosen_steps
 from tenpak.report.report import Report, measured
@@ -49,6 +51,8 @@ def compress(
     recipe: str | None = None,
     policy: Policy | str | None = None,
     budget: str | None = None,
+    candidates: Sequence[str] = (),
+    plan: str | Path | None = None,
     overrides: Sequence[str] = (),
     calibration: str | Path | None = None,
     calibration_tokens: int = DEFAULT_TOKENS,
@@ -76,7 +80,10 @@ def compress(
             decides is recorded as recipe and overrides. ``buckets-fisher`` needs ``statistics``.
         budget: instead of a recipe, what the artifact may cost: ``"10x"``, ``"3.2bpw"``, ``"25MB"`` of weight files,
             met to half a per cent and never exceeded, or ``"kl=0.01"``, ``"ppl=1%"`` on the evaluation text. The
-            flagship codec compresses every matrix then; see ``dial``.
+            flagship codec compresses every matrix then, unless there are candidates; see ``knobs``.
+        candidates: with a budget, what to choose from for each tensor, ``"RECIPE,RECIPE"`` or
+            ``"PATTERN=RECIPE,RECIPE"``; see ``profiling.Candidates``.
+        plan: instead of a recipe, a file that gives each tensor one, see ``allocation.saved_plan``.
         overrides: ``"PATTERN=RECIPE"`` per tensor; the last match wins.
         calibration: text (file, folder or dataset id) for codecs that need statistics; None takes the model's own text
             (``texts/calibration.txt`` in its folder) or samples one from it. Never the evaluation text. With a budget,
@@ -113,21 +120,21 @@ def compress(
         OutputExistsError, ArtifactError: the output cannot be written, or ``work`` belongs to another run.
         EvaluationError: the text or the tokenizer is of no use, or the artifact is written but measuring it failed.
     """
-    out = Path(out)
+    out, started = Path(out), time.perf_counter()
     check_output(out, overwrite=overwrite)
-    spent = _budget(recipe, policy, budget, evaluation)
+    spent, choice = _budget(recipe, policy, plan, budget, evaluation), _candidates(candidates, budget, calibration)
     job = open_job(
         source,
         recipe,
         overrides,
         policy=policy,
+        plan=plan,
         statistics=statistics,
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    job = job if spent is None else dialled_job(job, 1.0, calibrated=calibration != "none")
+    job, knob = _turnable(job, spent, choice, calibrated=calibration != "none")
     _check_text(job, evaluation, trust_remote_code)
-    started = time.perf_counter()
     task = prepare(
         job,
         calibration,
@@ -140,33 +147,31 @@ def compress(
     )
     _require_other_text(task, evaluation)
     steps = chosen_steps(task, tuning, by_default=spent is not None)
-    run = _run(task, by_budget=spent is not None)
+    run = _run(task, "by budget" if spent else job.recipe, choice)
     with ExitStack() as stack:
-        root = stack.enter_context(Work(_work_folder(work, out, run), run))
-        stack.enter_context(_kept(root))
+        root = _opened(Work(_work_folder(work, out, run), run), stack)
         measure = partial(_measured_pass, root.folder / "passes" / "artifact", evaluation, spent)
-        task, units, search = _encoded(Search(task, root, measure, steps, max_shard_bytes, progress), spent, stack)
-        publish(task, units, ArtifactWriter(out, overwrite=overwrite, max_shard_bytes=max_shard_bytes))
+        found, units = _encoded(Search(task, root, measure, steps, max_shard_bytes, progress), knob, spent, stack)
+        publish(found.task, units, ArtifactWriter(out, overwrite=overwrite, max_shard_bytes=max_shard_bytes))
         root.remove()
-    return _recorded(out, task, len(units.reused), search, started, evaluation)
+    return _recorded(out, found, spent, len(units.reused), started, evaluation)
 
 
 def _recorded(
-    out: Path,
-    task: Task,
-    reused: int,
-    search: dict[str, Any] | None,
-    started: float,
-    evaluation: str | Path | None,
+    out: Path, found: Found, spent: Budget | None, reused: int, started: float, evaluation: str | Path | None
 ) -> Report:
     """The report of what was written, with its quality where there is a text; recorded in the artifact."""
     remove_unused(out.parent, f".{glob.escape(out.name)}.work-*")  # of runs that were to make another artifact here
-    source = task.job.checkpoint
+    source = found.task.job.checkpoint
     report = measured(out, source.bytes, seconds=time.perf_counter() - started, reused=reused)
-    report = record(out, report.with_search(search), source)  # measuring may fail or be interrupted
-    if evaluation is None:
-        return report
-    return record(out, report.with_quality(_evaluate(out, task, evaluation)), source)
+    if spent is not None:
+        report = report.with_search(report_of(found, spent))
+    record(out, report, source)  # measuring may fail or be interrupted
+    if evaluation is not None:
+        report = report.with_quality(_evaluate(out, found.task, evaluation))
+    if spent is not None:
+        report = report.with_search(report_of(found, spent) | {"promise": promise(report, spent)})
+    return record(out, report, source)
 
 
 def _work_folder(work: str | Path | None, out: Path, run: dict[str, Any]) -> Path:
@@ -179,15 +184,20 @@ def _work_folder(work: str | Path | None, out: Path, run: dict[str, Any]) -> Pat
 
 
 def _budget(
-    recipe: str | None, policy: Policy | str | None, budget: str | None, evaluation: str | Path | None
+    recipe: str | None,
+    policy: Policy | str | None,
+    plan: str | Path | None,
+    budget: str | None,
+    evaluation: str | Path | None,
 ) -> Budget | None:
     """The budget that was asked for, after a check that it makes sense with the rest."""
     if budget is None:
         return None
     refuse_budget(policy, budget)
-    if recipe is not None:
+    if recipe is not None or plan is not None:
+        other = f"recipe ({recipe})" if plan is None else f"plan ({plan})"
         raise BudgetError(
-            f"a budget ({budget}) chooses the codec itself and excludes a recipe ({recipe})",
+            f"a budget ({budget}) chooses the codec itself and excludes a {other}",
             hint="leave out one of them; --set PATTERN=RECIPE still decides for single tensors",
         )
     spent = Budget.parse(budget)
@@ -196,24 +206,49 @@ def _budget(
     return spent
 
 
-def _encoded(search: Search, spent: Budget | None, stack: ExitStack) -> tuple[Task, Work, dict[str, Any] | None]:
-    """The task with all tensors encoded and tuned, the folder where they are, and the search that a budget took."""
-    if spent is not None:
-        found, units = dial(search, spent, stack)
-        return found.task, units, report_of(found, spent)
+def _candidates(candidates: Sequence[str], budget: str | None, calibration: str | Path | None) -> Candidates | None:
+    """The candidates that were given, after a check that they make sense with the rest."""
+    if not candidates:
+        return None
+    if budget is None:
+        raise BudgetError("candidates need a budget that chooses among them", hint="e.g. --target 10x")
+    if calibration == "none":
+        raise CalibrationError(
+            "choosing among candidates takes statistics of a text", hint="give --calibration TEXT, or no candidates"
+        )
+    return Candidates.parse(candidates)
+
+
+def _turnable(
+    job: Job, spent: Budget | None, choice: Candidates | None, *, calibrated: bool
+) -> tuple[Job, Knob | None]:
+    """What a budget turns, and the job as that wants it calibrated; the job as it is where there is no budget."""
+    if spent is None:
+        return job, None
+    knob = Step(calibrated) if choice is None else Room(job, choice)
+    return knob.job(job), knob
+
+
+def _encoded(search: Search, knob: Knob | None, spent: Budget | None, stack: ExitStack) -> tuple[Found, Work]:
+    """All tensors encoded and tuned, after the search that a budget takes, and the folder where they are."""
+    if spent is not None and knob is not None:
+        return dial(search, knob, spent, stack)
     encode_all(search.task, search.root, search.progress)
-    return search.task, search.tuned(search.task, search.root, "recipe", stack), None
+    return Found(search.task, ()), search.tuned(search.task, search.root, "recipe", stack)
 
 
-def _measured_pass(folder: Path, evaluation: str | Path | None, spent: Budget | None, task: Task, units: Work) -> float:
+def _measured_pass(
+    folder: Path, evaluation: str | Path | None, spent: Budget | None, task: Task, units: Work
+) -> Measure:
     """The loss of a pass: written, and measured from its files in a fresh process."""
     assert evaluation is not None  # the budget was checked
     assert spent is not None  # nothing is measured without one
     publish(task, units, ArtifactWriter(folder, overwrite=True))
-    return float(_evaluate(folder, task, evaluation)["kl" if spent.kind == "kl" else "ppl_increase"])
+    found, name = _evaluate(folder, task, evaluation), "kl" if spent.kind == "kl" else "ppl_increase"
+    return Measure(found[name], found[f"{name}_se"], found["tokens"])
 
 
-def _run(task: Task, *, by_budget: bool) -> dict[str, Any]:
+def _run(task: Task, recipe: str, candidates: Candidates | None) -> dict[str, Any]:
     """What the bytes of the artifact depend on: a run of anything else cannot go on with its work.
 
     Not which budget: a search for another one goes on from the same statistics and passes.
@@ -221,7 +256,8 @@ def _run(task: Task, *, by_budget: bool) -> dict[str, Any]:
     job = task.job
     return {
         "source": fingerprint(job.checkpoint),
-        "recipe": "by budget" if by_budget else job.recipe,
+        "recipe": recipe,
+        **({} if candidates is None else {"candidates": candidates.to_json()}),
         "overrides": list(job.overrides),
         "calibration": task.to_json(),
         "tokens": None if task.reading is None else tensor_sha256(task.reading.tokens),
@@ -229,6 +265,13 @@ def _run(task: Task, *, by_budget: bool) -> dict[str, Any]:
         "seed": task.seed,
         "versions": {"tenpak": version("tenpak"), **versions()},
     }
+
+
+def _opened(work: Work, stack: ExitStack) -> Work:
+    """A work folder in use as long as ``stack``."""
+    stack.enter_context(work)
+    stack.enter_context(_kept(work))
+    return work
 
 
 @contextmanager

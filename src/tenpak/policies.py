@@ -6,7 +6,7 @@ overrides that an artifact records make it again. Overrides of the user come aft
 - ``PART`` and ``PART-whitened``: the matrices of some parts of every block of low rank, in INT8 factors; the rest by
   the recipe, which is ``dense`` unless given
 - ``mixed``: bits and groups by part and position
-- ``buckets``, ``buckets-fisher``: groups by sensitivity, see ``allocation.sensitivity``
+- ``buckets``, ``buckets-fisher``: groups by sensitivity, see ``allocation.buckets``
 
 None of them sees a budget, and none is the best that its bytes can buy: docs/policies.md compares.
 """
@@ -14,14 +14,11 @@ None of them sees a budget, and none is the best that its bytes can buy: docs/po
 from __future__ import annotations
 
 import difflib
-import glob
-from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 
-from tenpak.allocation.plan import Override, make_plan
-from tenpak.allocation.sensitivity import sensitivities
+from tenpak.allocation.buckets import sensitivities
+from tenpak.allocation.patterns import Group, alike, covering, template
 from tenpak.calibration.statistics import StatisticsFolder
 from tenpak.checkpoint.parts import Part, Place, places
 from tenpak.checkpoint.source import Checkpoint
@@ -150,7 +147,7 @@ def apply(
         CheckpointError, CodecError, CalibrationError: a tensor, or what is known of it, cannot be used; names it.
     """
     found = places(weights)
-    groups = _groups(weights, found)
+    groups = alike([weight for weight in weights if weight.name in found])
     if policy.low_rank:
         wanted = _of_low_rank(policy, groups, found)
     elif policy.name == "mixed":
@@ -160,20 +157,8 @@ def apply(
         wanted = _bucketed(policy, recipe, groups, found, checkpoint, known)
     if not wanted:
         raise _nothing(policy, groups, found)
-    overrides = _overrides(weights, parse(recipe), wanted)
+    overrides = covering(weights, parse(recipe), wanted)
     return tuple(f"{override.pattern}={format(override.codec)}" for override in overrides)
-
-
-Group = list[Weight]
-"""Tensors that are encoded alike: one, or the experts of a layer."""
-
-
-def _groups(weights: Sequence[Weight], found: dict[str, Place]) -> list[Group]:
-    groups: dict[tuple[str, int], Group] = defaultdict(list)
-    for weight in weights:
-        if weight.name in found and weight.tied_to is None:
-            groups[weight.parameter, -1 if weight.slot is None else weight.slot[1]].append(weight)
-    return list(groups.values())
 
 
 def _of_low_rank(policy: Policy, groups: Sequence[Group], found: dict[str, Place]) -> list[tuple[Group, Codec]]:
@@ -241,46 +226,6 @@ def _regrid(policy: Policy, recipe: str) -> Callable[[int | None, int], Codec]:
     return lambda bits, group: regrid(codec, bits, group)
 
 
-def _overrides(
-    weights: Sequence[Weight], codec: Codec | None, wanted: Sequence[tuple[Group, Codec]]
-) -> tuple[Override, ...]:
-    """Overrides that give these codecs to these tensors and change no other: what is usual, then exceptions."""
-    alike: dict[str, list[tuple[Group, Codec]]] = defaultdict(list)
-    for group, own in wanted:
-        alike[_template(group[0].name)].append((group, own))
-    rules: list[Override] = []
-    for template, members in alike.items():
-        usual = Counter(own for _, own in members).most_common(1)[0][0]
-        if len(members) > 1 or len(members[0][0]) > 1:
-            rules.append(Override(template, usual))
-            members = [(group, own) for group, own in members if own != usual]
-        rules += chain.from_iterable(_exceptions(group, own) for group, own in members)
-    # A pattern may match more than was meant: other shapes, or components that it leaves open.
-    goal = {entry.weight.name: entry.codec for entry in make_plan(weights, codec).entries}
-    goal |= {weight.name: own for group, own in wanted for weight in group}
-    got = make_plan(weights, codec, rules).entries
-    rules += [
-        Override(glob.escape(entry.weight.name), goal[entry.weight.name])
-        for entry in got
-        if entry.codec != goal[entry.weight.name]
-    ]
-    return tuple(rules)
-
-
-def _exceptions(group: Group, codec: Codec) -> list[Override]:
-    """One override for a group: what the names differ in is left open."""
-    names = [weight.name.split(".") for weight in group]
-    if len({len(name) for name in names}) > 1:
-        return [Override(glob.escape(weight.name), codec) for weight in group]
-    pattern = [glob.escape(same[0]) if len(set(same)) == 1 else "*" for same in zip(*names, strict=True)]
-    return [Override(".".join(pattern), codec)]
-
-
-def _template(name: str) -> str:
-    """A name with its numbers left open: ``model.layers.*.self_attn.k_proj.weight``."""
-    return ".".join("*" if piece.isdigit() else glob.escape(piece) for piece in name.split("."))
-
-
 def _nothing(policy: Policy, groups: Sequence[Group], found: dict[str, Place]) -> RecipeError:
     """The error of a policy that matches nothing: says why, and lists the layers."""
     parts, _ = _PARTS.get(policy.name.removesuffix(_WHITENED), (frozenset(), 0))
@@ -289,7 +234,7 @@ def _nothing(policy: Policy, groups: Sequence[Group], found: dict[str, Place]) -
     for group in groups:
         name, part = group[0].name, found[group[0].name].part
         rows, columns = group[0].matrix_shape
-        listed.setdefault(f"{_template(name)} ({part}, {rows} × {columns})", part)
+        listed.setdefault(f"{template(name)} ({part}, {rows} × {columns})", part)
         sides += [min(rows, columns)] if part in parts else []
     layers = ", ".join(listed) or "none in numbered blocks"
     hint = f"policies by part are {', '.join(_PARTS)}; or give the codec by --set PATTERN=RECIPE"

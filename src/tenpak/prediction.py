@@ -20,10 +20,10 @@ from tenpak.calibrating import DEFAULT_TOKENS
 from tenpak.calibration.activations import SPILL_BYTES
 from tenpak.checkpoint.header import DTYPE_BYTES
 from tenpak.checkpoint.source import tensor_sha256
-from tenpak.dial import dialled_job
 from tenpak.encoding import unit_statistics
 from tenpak.job import open_job
 from tenpak.kernels.parallel import worker_count
+from tenpak.knobs import dialled_job
 from tenpak.policies import Policy, refuse_budget
 from tenpak.recovery import DEFAULT_STEPS, memory
 

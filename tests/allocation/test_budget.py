@@ -74,22 +74,29 @@ def test_a_size_is_found_from_far_away(start: float) -> None:
     def bits(step: float) -> float:
         return math.log2(1 + (0.5 / step) ** 1.0)
 
-    trials = search(bits, 3.0, start, slack=0.005, guess=halving, most=12)
+    trials = search(bits, 3.0, start, slack=lambda _: 0.005, guess=halving, most=12)
     assert 3.0 * 0.995 <= trials[-1].cost <= 3.0
 
 
 def test_a_loss_is_found_as_its_square() -> None:
-    trials = search(lambda step: 7 * step**2.2, 0.01, 1.0, slack=0.1, guess=lambda t: math.log2(0.0095 / t.cost) / 2)
+    def guess(trial: Trial) -> float:
+        return math.log2(0.0095 / trial.cost) / 2
+
+    trials = search(lambda step: 7 * step**2.2, 0.01, 1.0, slack=lambda _: 0.1, guess=guess)
     assert 0.009 <= trials[-1].cost <= 0.01
     assert len(trials) <= 5
 
 
 def test_steps_in_the_cost_leave_the_nearest_one_below() -> None:
     """Where no step is near enough the answer is the best within the limit, and it is told last."""
-    trials = search(lambda step: 10.0 if step < 1 else 4.0, 5.0, 0.3, slack=0.005, guess=lambda t: t.cost - 5, most=8)
+
+    def cost(step: float) -> float:
+        return 10.0 if step < 1 else 4.0
+
+    trials = search(cost, 5.0, 0.3, slack=lambda _: 0.005, guess=lambda t: t.cost - 5, most=8)
     assert trials[-1].cost == 4.0
 
 
 def test_what_cannot_be_met_says_what_can() -> None:
     with pytest.raises(InfeasibleBudgetError, match=r"nearest that was reached is 7\b"):
-        search(lambda step: 7.0, 5.0, 1.0, slack=0.005, guess=lambda t: 1.0, most=4)
+        search(lambda step: 7.0, 5.0, 1.0, slack=lambda _: 0.005, guess=lambda t: 1.0, most=4)

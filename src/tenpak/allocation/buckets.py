@@ -21,16 +21,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from tenpak.allocation.sensitivity import predicted_loss
 from tenpak.calibration.experts import rows_before
 from tenpak.calibration.heuristics import position, role
 from tenpak.calibration.statistics import StatisticsFolder
 from tenpak.checkpoint.parts import Place
 from tenpak.checkpoint.source import Checkpoint
 from tenpak.checkpoint.structure import Weight
-from tenpak.codecs.base import Statistics
 from tenpak.codecs.loss import output_loss
 from tenpak.codecs.uniform import Uniform
-from tenpak.errors import CalibrationError, CodecError, MissingStatisticsError
+from tenpak.errors import CodecError
 from tenpak.kernels.parallel import ordered_map
 
 __all__ = ["sensitivities"]
@@ -95,8 +95,8 @@ def _measured(weight: Weight, tensor: Tensor, known: StatisticsFolder | None, ro
     matrices = tensor.unbind(0) if tensor.ndim == 3 else (tensor,)
     statistics = (None,) * len(matrices) if known is None else known.of(weight, rows_before=rows)
     tokens = 1 if known is None else known.origin.tokens
-    energy, lost, cost = 0.0, 0.0, 0.0
-    for matrix, of in zip(matrices, statistics, strict=True):
+    energy, lost, replaced = 0.0, 0.0, []
+    for matrix in matrices:
         plain = (matrix.T if weight.transposed else matrix).float()
         try:
             decoded = _TRIAL.decode(_TRIAL.encode(plain))
@@ -104,17 +104,6 @@ def _measured(weight: Weight, tensor: Tensor, known: StatisticsFolder | None, ro
             raise type(error)(f"{weight.name}: {error}", hint=error.hint) from error
         energy += float(plain.double().square().sum())
         lost += output_loss(plain, decoded, None, None)
-        cost += 0.0 if of is None else _nats(weight, plain, decoded, of, tokens)
+        replaced.append(decoded)
+    cost = 0.0 if known is None else predicted_loss(weight, tensor, replaced, statistics, tokens)
     return _Measured(weight.numel, energy, lost, cost)
-
-
-def _nats(weight: Weight, plain: Tensor, decoded: Tensor, known: Statistics, tokens: int) -> float:
-    """½ Σᵢ gᵢ (E H Eᵀ)ᵢᵢ per token of the text; an expert sees only some of them."""
-    if known.output_curvature is None or known.metric is None:
-        raise MissingStatisticsError(
-            f"{weight.name}: the statistics hold no output curvature", hint="collect them with `tenpak calibrate`"
-        )
-    if known.metric.shape[0] != plain.shape[1] or len(known.output_curvature) != len(plain):
-        raise CalibrationError(f"{weight.name}: the statistics are of another shape", hint="calibrate this model")
-    seen = min(1.0, (known.count or 0) / max(tokens, 1))
-    return seen * output_loss(plain, decoded, known.metric, known.output_curvature) / 2

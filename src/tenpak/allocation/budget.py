@@ -1,7 +1,7 @@
 """What a user allows a model to cost, in bytes or in quality, and the search for the one number that reaches it.
 
-A search is over the logarithm of the flagship codec's ``step``, along which sizes fall and losses grow. It is pure
-arithmetic: what a step costs is asked of a function.
+A search is over the logarithm of that number (``knobs``), along which sizes and losses are monotonic. It is pure
+arithmetic: what a value costs is asked of a function.
 """
 
 from __future__ import annotations
@@ -99,9 +99,9 @@ def one_budget(**given: str | float | None) -> str | None:
 
 @dataclass(frozen=True)
 class Trial:
-    """A step that was tried, and what it cost: bytes, KL or increase of perplexity."""
+    """A value that was tried, and what it cost: bytes, KL or increase of perplexity."""
 
-    step: float
+    value: float
     cost: float
 
 
@@ -110,31 +110,32 @@ def search(
     limit: float,
     start: float,
     *,
-    slack: float,
+    slack: Callable[[Trial], float],
     guess: Callable[[Trial], float],
     most: int = 8,
 ) -> list[Trial]:
-    """Find a step whose cost is at most ``limit`` and at least ``limit``·(1 - slack); all trials, the answer last.
+    """Find a value whose cost is at most ``limit`` and at least ``limit``·(1 - slack); all trials, the answer last.
 
     Args:
-        cost: what a step costs; monotonic, as far as the choice of discrete codes allows.
+        cost: what a value costs; monotonic, as far as discrete choices allow.
         limit: never exceeded by the answer.
-        start: first step.
-        slack: how far below the limit is near enough.
-        guess: from a first trial, log2 of the factor by which to change the step; later the secant knows better.
+        start: first value.
+        slack: how far below the limit is near enough, a fraction, by what the trial tells.
+        guess: from a first trial, log2 of the factor by which to change the value; later the secant knows better.
         most: trials at most; the nearest one below the limit is the answer then.
 
     Raises:
         InfeasibleBudgetError: none of the trials is within the limit; the nearest one is told.
     """
     trials: list[Trial] = []
-    step = start
+    value = start
     for _ in range(most):
-        trials.append(Trial(step, cost(step)))
-        if limit * (1 - slack) <= trials[-1].cost <= limit:
+        trials.append(Trial(value, cost(value)))
+        near = slack(trials[-1])
+        if limit * (1 - near) <= trials[-1].cost <= limit:
             return trials
-        step = _next(trials, limit * (1 - slack / 2), guess)
-        if any(math.isclose(step, trial.step, rel_tol=1e-6) for trial in trials):
+        value = _next(trials, limit * (1 - near / 2), guess)
+        if any(math.isclose(value, trial.value, rel_tol=1e-6) for trial in trials):
             break
     within = [trial for trial in trials if trial.cost <= limit]
     if not within:
@@ -160,6 +161,6 @@ def _next(trials: list[Trial], goal: float, guess: Callable[[Trial], float]) -> 
         high, low = math.log(max(a.cost, 1e-12)), math.log(max(b.cost, 1e-12))
         if high != low:
             part = (math.log(goal) - low) / (high - low)
-            place = math.log2(b.step) + part * (math.log2(a.step) - math.log2(b.step))
-            move = place - math.log2(last.step)
-    return last.step * 2 ** min(max(move, -_LARGEST_MOVE), _LARGEST_MOVE)
+            place = math.log2(b.value) + part * (math.log2(a.value) - math.log2(b.value))
+            move = place - math.log2(last.value)
+    return last.value * 2 ** min(max(move, -_LARGEST_MOVE), _LARGEST_MOVE)

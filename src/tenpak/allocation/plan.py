@@ -23,7 +23,17 @@ from tenpak.codecs.trellis import Trellis
 from tenpak.codecs.uniform import Uniform
 from tenpak.errors import RecipeError
 
-__all__ = ["EMBEDDING_CODEC", "Override", "Plan", "PlanEntry", "is_parameter", "is_vector", "make_plan", "stored_rows"]
+__all__ = [
+    "EMBEDDING_CODEC",
+    "Override",
+    "Plan",
+    "PlanEntry",
+    "is_parameter",
+    "is_vector",
+    "make_plan",
+    "matches",
+    "stored_rows",
+]
 
 EMBEDDING_CODEC = Uniform(bits=8, group=None, symmetric=True)
 
@@ -103,7 +113,7 @@ def _entry(weight: Weight, codec: Codec | None, overrides: Sequence[Override]) -
     if weight.kind == "dense":
         return PlanEntry(weight, None, weight.reason, _narrowed(weight, codec))
     for override in reversed(overrides):
-        if _matches(override.pattern, weight.name):
+        if matches(override.pattern, weight.name):
             reason = "" if override.codec else f"set dense by {override.pattern!r}"
             return PlanEntry(weight, override.codec, reason)
     if codec is None:
@@ -141,7 +151,7 @@ def is_vector(weight: Weight) -> bool:
     return len(weight.shape) == 1 and floating and is_parameter(weight) and not weight.restructured
 
 
-def _matches(pattern: str, name: str) -> bool:
+def matches(pattern: str, name: str) -> bool:
     return any(fnmatch.fnmatchcase(tail, pattern) for tail in _tails(name))
 
 
@@ -153,7 +163,7 @@ def _tails(name: str) -> Iterator[str]:
 
 
 def _require_match(override: Override, weights: Sequence[Weight]) -> None:
-    matched = [weight for weight in weights if _matches(override.pattern, weight.name)]
+    matched = [weight for weight in weights if matches(override.pattern, weight.name)]
     if any(weight.kind != "dense" for weight in matched):
         return
     if matched:

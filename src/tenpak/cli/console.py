@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-__all__ = ["err", "explain_dense", "out", "print_json", "print_result", "print_tensors", "progress_bar"]
+__all__ = ["err", "explain_dense", "out", "print_json", "print_result", "print_table", "print_tensors", "progress_bar"]
 
 err = Console(stderr=True, highlight=False)
 # What is piped is read by grep and its kin: a row stays on its line.
@@ -62,6 +62,14 @@ def print_result(data: dict[str, Any], as_json: bool, rows: list[tuple[str, str]
     table = Table(title=title, title_justify="left", box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, value in rows:
         table.add_row(name, value)
+    out.print(table)
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str) -> None:
+    """A table with a header."""
+    table = Table(*header, title=title, title_justify="left", box=None, header_style="dim")
+    for row in rows:
+        table.add_row(*row)
     out.print(table)
 
 

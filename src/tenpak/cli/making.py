@@ -12,6 +12,7 @@ from tenpak.cli.application import app, quiet
 from tenpak.cli.console import err, explain_dense, print_result, progress_bar
 from tenpak.cli.options import (
     Bpw,
+    CandidateList,
     Evaluation,
     Json,
     MaxBytes,
@@ -28,6 +29,7 @@ from tenpak.cli.options import (
     Remote,
     Revision,
     StatisticsOf,
+    Strict,
     Target,
     Text,
     Tokens,
@@ -36,7 +38,7 @@ from tenpak.cli.options import (
     WorkFolder,
 )
 
-__all__ = ["calibrate", "compress", "merge"]
+__all__ = ["calibrate", "compress", "merge", "show_report", "text_to_measure_on"]
 
 
 @app.command()
@@ -52,6 +54,7 @@ def compress(
     max_bytes: MaxBytes = None,
     max_kl: MaxKl = None,
     max_ppl_increase: MaxPpl = None,
+    candidates: CandidateList = None,
     overrides: Overrides = None,
     calibration: Text = None,
     calibration_tokens: Tokens = 131_072,
@@ -61,6 +64,7 @@ def compress(
     tune: Tune = None,
     work: WorkFolder = None,
     evaluation: Evaluation = None,
+    strict: Strict = False,
     seed: Annotated[int, typer.Option(help="for codecs that draw random numbers")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the artifact at -o")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only predict bytes, memory, disk and time")] = False,
@@ -70,6 +74,7 @@ def compress(
 ) -> None:
     """Compress MODEL into an artifact and, given a text, measure what that cost."""
     from tenpak.allocation.budget import one_budget
+    from tenpak.errors import BudgetError
     from tenpak.pipeline import compress as run
     from tenpak.policies import policy_of
     from tenpak.prediction import predict
@@ -81,6 +86,7 @@ def compress(
         "recipe": recipe,
         "policy": policy_of(policy, rank, min_dim),
         "budget": budget,
+        "candidates": tuple(candidates or ()),
         "overrides": tuple(overrides or ()),
         "calibration": calibration,
         "calibration_tokens": calibration_tokens,
@@ -91,19 +97,29 @@ def compress(
         "trust_remote_code": trust_remote_code,
     }
     if dry_run:
+        if options.pop("candidates"):
+            raise BudgetError(
+                "a dry run reads no weights and cannot choose among candidates",
+                hint="`tenpak profile`, then `tenpak allocate`, say what each would take and cost",
+            )
         prediction = predict(model, **options)
         print_result(prediction.to_json(), as_json, prediction_rows(prediction.to_json()), "would write")
         return
     if out is None:
         raise typer.BadParameter("give -o OUT, the folder to write (or --dry-run)")
-    text = _evaluation_text(model, revision, evaluation)
+    text = text_to_measure_on(model, revision, evaluation)
     options |= {"calibration_window": window, "work": work}
     with progress_bar("weights") as update:
         report = run(model, out, evaluation=text, seed=seed, overwrite=overwrite, progress=update, **options)
-    _show_report(report.to_json(), as_json, unmeasured=text is None and evaluation is None)
+    show_report(report.to_json(), as_json, unmeasured=text is None and evaluation is None, strict=strict)
 
 
-def _show_report(report: dict[str, Any], as_json: bool, *, unmeasured: bool) -> None:
+def show_report(report: dict[str, Any], as_json: bool, *, unmeasured: bool, strict: bool = False) -> None:
+    """Print what was written.
+
+    Raises:
+        typer.Exit: the artifact misses its budget, and ``strict`` asks for exit code 1 then.
+    """
     from tenpak.report.rows import report_rows
 
     print_result(report, as_json, report_rows(report), report["artifact"])
@@ -113,9 +129,14 @@ def _show_report(report: dict[str, Any], as_json: bool, *, unmeasured: bool) -> 
         explain_dense(report["dense"])
     if unmeasured:
         err.print("[dim]quality not measured; give --evaluation TEXT, or run `tenpak evaluate`[/dim]")
+    promise = (report["search"] or {}).get("promise", {"kept": True})
+    if not promise["kept"]:
+        err.print(f"warning: the budget is missed: {promise['reached']:g} where {promise['limit']:g} was asked for")
+        if strict:
+            raise typer.Exit(1)
 
 
-def _evaluation_text(model: str, revision: str | None, given: str | None) -> str | None:
+def text_to_measure_on(model: str, revision: str | None, given: str | None) -> str | None:
     """The text that was given; where none was, the one that the model's folder may hold; none where that was said."""
     from tenpak.checkpoint.source import locate
     from tenpak.evaluation.evaluate import DEFAULT_TEXT

@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 import typer
 
 __all__ = [
-    "Artifact", "Bpw", "Device", "Dtype", "Evaluation", "Json", "MaxBytes", "MaxKl", "MaxPpl", "MinDim", "Model",
-    "Out", "Overrides", "PolicyName", "Propagation", "Rank", "Recipe", "Remote", "Revision", "StatisticsOf", "Target",
-    "Text", "Tokens", "Tune", "Window", "WorkFolder",
+    "Artifact", "Bpw", "CandidateList", "Device", "Dtype", "Evaluation", "Json", "MaxBytes", "MaxKl", "MaxPpl",
+    "MinDim", "Model", "Out", "Overrides", "PolicyName", "Propagation", "Rank", "Recipe", "Remote", "Revision",
+    "StatisticsOf", "Strict", "Target", "Text", "Tokens", "Tune", "Window", "WorkFolder",
 ]  # fmt: skip
 
 
@@ -59,6 +59,15 @@ Bpw = Annotated[float | None, typer.Option(help="… or bits per weight over eve
 MaxBytes = Annotated[str | None, typer.Option(help="… or size of the weight files, e.g. 25MB")]
 MaxKl = Annotated[float | None, typer.Option(help="… or KL divergence in nats per token, e.g. 0.01")]
 MaxPpl = Annotated[str | None, typer.Option(help="… or increase of perplexity, e.g. 1%")]
+CandidateList = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--candidates",
+        metavar="[PATTERN=]RECIPE,RECIPE…",
+        help="what each tensor may get; `default` is a list of fixed-rate recipes from one bit to eight",
+    ),
+]
+Strict = Annotated[bool, typer.Option("--strict", help="exit code 1 if the written artifact misses its budget")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="PATTERN=RECIPE", help="another codec for matching tensors")
 ]

@@ -21,8 +21,7 @@ def report_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("smaller than the checkpoint", f"{report['ratio_checkpoint']:.2f}×"),
     ]
     if report.get("search"):
-        tried = len(report["search"]["trials"])
-        rows.insert(1, ("budget", f"{report['search']['budget']}, met in {tried} passes"))
+        rows.insert(1, ("budget", _search(report["search"])))
     if report["calibration"] is not None:
         read = report["calibration"]
         rows.append(("calibrated on", f"{read['text']}: {read['tokens']:,} tokens, propagation {read['propagation']}"))
@@ -35,6 +34,17 @@ def report_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     if report["seconds"] is not None:
         rows.append(("time", f"{report['seconds']:.1f} s"))
     return rows + (quality_rows(report["quality"])[3:] if report["quality"] else [])
+
+
+def _search(search: dict[str, Any]) -> str:
+    kept = "met" if search.get("promise", {"kept": True})["kept"] else "MISSED"
+    text = f"{search['budget']}, {kept} in {len(search['trials'])} trials"
+    if search.get("error"):
+        text += (
+            f"; known to ± {search['error']:.2g} from {search['tokens']:,} tokens, about "
+            f"{search['tokens_for_5_percent']:,} would tell 5 % of it"
+        )
+    return text
 
 
 def _tuning(tuning: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache
+from pathlib import Path
 from typing import Any
 
 from tenpak.allocation.budget import Budget, Trial
@@ -124,16 +124,22 @@ def dial(search: Search, knob: Knob, budget: Budget, stack: ExitStack) -> tuple[
         InfeasibleBudgetError: no value meets the budget; states the nearest that can be reached.
         BudgetError: the budget is below the noise of the text that it is measured on.
     """
+    # Several values may stand for one plan.
+    passes: dict[tuple[str, ...], Work] = {}
+    after: dict[Path, Work] = {}
 
-    @cache
     def encoded(value: float) -> tuple[Task, Work]:
         task = knob.at(search.task, value)
-        return task, search.encoded(task, stack)
+        key = (task.job.recipe, *task.job.overrides)
+        if key not in passes:
+            passes[key] = search.encoded(task, stack)
+        return task, passes[key]
 
-    @cache
     def tuned(value: float) -> tuple[Task, Work]:
         task, work = encoded(value)
-        return task, search.tuned(task, work, work.folder.name, stack)
+        if work.folder not in after:
+            after[work.folder] = search.tuned(task, work, work.folder.name, stack)
+        return task, after[work.folder]
 
     if budget.is_size:
         trials, measure = _by_size(search, knob, budget, encoded, tuned), None
@@ -187,10 +193,14 @@ def _by_quality(search: Search, knob: Knob, budget: Budget, tuned: Pass) -> tupl
     From below, and near enough where the difference is within a standard error or five per cent.
     """
     found: dict[float, Measure] = {}
+    known: dict[Path, Measure] = {}
 
     def cost(value: float) -> float:
-        found[value] = search.measure(*tuned(value))
-        _require_audible(budget, found[value])
+        task, work = tuned(value)
+        if work.folder not in known:
+            known[work.folder] = search.measure(task, work)
+            _require_audible(budget, known[work.folder])
+        found[value] = known[work.folder]
         return found[value].cost
 
     def slack(trial: Trial) -> float:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from tenpak.allocation.allocate import allocate
+from tenpak.allocation.allocate import allocate, smallest
 from tenpak.allocation.budget import Budget, Trial
 from tenpak.allocation.budget import search as find
 from tenpak.allocation.profile import Profile
@@ -156,7 +156,9 @@ class Room(Knob):
         return plan.bytes
 
     def _plan(self, value: float) -> SavedPlan:
-        return allocate(self._profile[0], Budget("bytes", value))
+        """The plan that fills a room; the smallest where even that does not fit in."""
+        profile = self._profile[0]
+        return allocate(profile, Budget("bytes", max(value, smallest(profile))))
 
 
 def dialled_job(job: Job, step: float, *, calibrated: bool) -> Job:

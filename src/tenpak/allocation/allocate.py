@@ -22,7 +22,7 @@ from tenpak.artifact.schema import CODES_SUFFIX
 from tenpak.artifact.writer import MAX_SHARD_BYTES, predicted_bytes
 from tenpak.errors import AllocationError, InfeasibleBudgetError
 
-__all__ = ["DENSE", "Rules", "allocate", "files_bytes"]
+__all__ = ["DENSE", "Rules", "allocate", "files_bytes", "smallest"]
 
 DENSE = "dense"
 _ROUNDS = 6
@@ -71,6 +71,11 @@ def allocate(
     if budget.is_size:
         return _by_size(profile, groups, budget, max_shard_bytes)
     return _by_loss(profile, groups, budget, max_shard_bytes)
+
+
+def smallest(profile: Profile, rules: Rules | None = None, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> int:
+    """Size of the weight files of the smallest plan there is. Raises AllocationError as ``allocate`` does."""
+    return files_bytes(profile, _least(_grouped(profile, rules or Rules()), 0), max_shard_bytes)
 
 
 def files_bytes(profile: Profile, chosen: Mapping[str, Option], max_shard_bytes: int = MAX_SHARD_BYTES) -> int:

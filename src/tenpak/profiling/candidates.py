@@ -54,7 +54,7 @@ class Candidates:
                 pattern, recipes = "*", entry
             words = [word.strip() for word in _split(recipes) if word.strip()]
             words = [w for word in words for w in (_DEFAULT if word == DEFAULT_CANDIDATES else (word,))]
-            if not words:
+            if not words or not pattern.strip():
                 raise RecipeError(f"{entry!r} names no recipe", hint="write RECIPE,RECIPE or PATTERN=RECIPE,RECIPE")
             found = [word if word == _LADDER else format(parse(word)) for word in words]
             rules.append((pattern.strip(), tuple(dict.fromkeys(found))))

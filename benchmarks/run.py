@@ -1,7 +1,7 @@
 """`make bench`: run the benchmarks (all, or those named) and write ``benchmarks/results/<name>.json``.
 
     python benchmarks/run.py [speed] [footprint] [large] [quality] [feedback] [ablation] [trellis] [budgets] [rivals]
-                             [policies] [ingredients] [seeds]
+                             [policies] [mixtures] [ingredients] [seeds]
     python benchmarks/run.py peers | frontier   by name only: they install another library
 
 Then ``python benchmarks/render.py`` renders the tables that README and docs show.
@@ -17,6 +17,7 @@ import feedback
 import footprint
 import frontier
 import large
+import mixtures
 import peers
 import policies
 import quality
@@ -36,6 +37,7 @@ BENCHMARKS = {
     "budgets": budgets.run,
     "rivals": budgets.run_rivals,
     "policies": policies.run,
+    "mixtures": mixtures.run,
     "ingredients": frontier.run_ingredients,
     "seeds": seeds.run,
 }

@@ -4,8 +4,8 @@
 
 One recipe everywhere, embeddings and head included, at every size it has; then a plan over all of these recipes at the
 same bytes. The tables (``mixed``, ``buckets``) are compared with plans over the grids that they choose among. Nothing
-is tuned. Then whether budgets from 2 to 8 bits per weight are met to half a per cent by the written files, and budgets of
-quality from below. Needs the shared models and texts.
+is tuned. Then whether budgets from 2 to 8 bits per weight are met to half a per cent by the written files, and budgets
+of quality from below. Needs the shared models and texts.
 """
 
 from __future__ import annotations

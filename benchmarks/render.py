@@ -11,15 +11,20 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import findings
 import picture
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/measurements.md", "docs/calibration.md", "docs/trellis.md", "docs/policies.md")
+PAGES = (
+    "README.md", "docs/measurements.md", "docs/calibration.md", "docs/trellis.md", "docs/policies.md",
+    "docs/findings.md", "docs/allocation.md",
+)  # fmt: skip
 HEADLINE = "tinystories-3.7m, own text"
 _BASE = "gptq, propagation original (the default)"
 _SLOT = re.compile(r"(<!-- table: ([a-z]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
@@ -35,9 +40,9 @@ def main() -> None:
             stale.append(page)
             if "--check" not in sys.argv:
                 path.write_text(rendered)
-    for name, draw in PICTURES.items():
+    for name, (draw, source) in PICTURES.items():
         drawing = ROOT / "docs" / f"{name}.svg"
-        image = draw(load(name)) if (RESULTS / f"{name}.json").is_file() else None
+        image = draw(load(source)) if (RESULTS / f"{source}.json").is_file() else None
         if image is not None and (not drawing.is_file() or drawing.read_text() != image):
             stale.append(f"docs/{name}.svg")
             if "--check" not in sys.argv:
@@ -344,6 +349,8 @@ def machine() -> str:
         "policies",
         "ingredients",
         "frontier",
+        "seeds",
+        "mixtures",
     ):
         env = load(name)["environment"]
         versions = ", ".join(f"{package} {number}" for package, number in env["versions"].items())
@@ -363,11 +370,17 @@ def table(head: tuple[str, ...], rows: Any) -> str:
     return "".join(lines())
 
 
+def of(name: str, rows: Callable[[dict[str, Any]], Iterator[tuple[str, ...]]]) -> str:
+    """A table whose header comes first."""
+    header, *rest = rows(load(name))
+    return table(header, rest)
+
+
 def load(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-PICTURES = {"frontier": picture.frontier}
+PICTURES = {"frontier": (picture.frontier, "frontier"), "findings": (picture.findings, "seeds")}
 TABLES = {
     "budgets": budgets,
     "rivals": rivals,
@@ -389,6 +402,14 @@ TABLES = {
     "whole": whole,
     "mlps": mlps,
     "machine": machine,
+    "claims": partial(of, "seeds", findings.claims),
+    "samebytes": partial(of, "seeds", findings.same_bytes),
+    "scaling": partial(of, "seeds", findings.scaling),
+    "singles": partial(of, "mixtures", findings.single_recipes),
+    "tables": partial(of, "mixtures", findings.tables),
+    "sizes": partial(of, "mixtures", findings.sizes),
+    "limits": partial(of, "mixtures", findings.limits),
+    "solver": partial(of, "mixtures", findings.solver),
 }
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ class Row:
         options: of `tenpak compress`.
         ratio: claimed, to FP32; None where nothing was claimed.
         loss: claimed relative increase of perplexity, or None.
+        why: what explains the figures, in a sentence.
     """
 
     system: str
@@ -42,6 +43,7 @@ class Row:
     options: tuple[str, ...]
     ratio: float | None
     loss: float | None
+    why: str
 
 
 def _recipe(recipe: str, *more: str) -> tuple[str, ...]:
@@ -53,42 +55,307 @@ def _only(pattern: str, recipe: str) -> tuple[str, ...]:
 
 
 ROWS = (
-    Row("A", "patterns alone", _recipe("pattern4"), 1.0, 0.77),
-    Row("A", "SVD alone", _recipe("plain-lowrank:bpw=6"), 4.0, 25.0),
-    Row("A", "calibrated SVD", _recipe("act-lowrank:bpw=5"), 5.0, 2500.0),
-    Row("A", "… in the metric of the output", _recipe("lowrank:bpw=5"), None, None),
-    Row("A", "GPTQ-style, 4 bits", _recipe("gptq-int4:row"), 7.87, 0.38),
-    Row("B", "SVD + INT8, K only", _only("*k_proj*", "plain-lowrank64:int8"), None, None),
-    Row("B", "… K, whitened", _only("*k_proj*", "lowrank64:int8"), None, None),
-    Row("B", "… MLP down", _only("*down_proj*", "plain-lowrank64:int8"), None, None),
-    Row("B", "… attention out", _only("*o_proj*", "plain-lowrank64:int8"), None, None),
-    Row("C", "INT4 g8", _recipe("int4:g8"), 4.0, 0.0173),
-    Row("C", "INT4 g16", _recipe("int4:g16"), 5.33, 0.0104),
-    Row("C", "INT4 g32", _recipe("int4:g32"), 6.4, 0.0255),
-    Row("C", "int4_opt", _recipe("int4:g16:search"), 5.33, 0.0),
-    Row("C", "int4_residual", _recipe("int4:g16+int2:g16"), 3.2, 0.0025),
-    Row("C", "int4_calibrated", _recipe("awq-int4:g16"), 4.27, 0.0036),
-    Row("C", "INT3 g32", _recipe("int3:g32"), 8.0, 0.21),
-    Row("C", "… with feedback", _recipe("gptq-int3:g32"), None, None),
-    Row("C", "NF4, learned", _recipe("nf4:g64:learned"), 6.0, 0.14),
-    Row("C", "NF3, learned", _recipe("nf3:g64:learned"), 9.0, 0.54),
-    Row("C", "spin, g128", _recipe("spin-int4:g128"), 7.1, 0.2),
-    Row("C", "awq-10x, g128", _recipe("awq-int4:g128"), 7.1, 0.2),
-    Row("C", "PQ", _recipe("vq8x256"), 31.6, 56.48),
-    Row("C", "PQ with residual", _recipe("vq8x256+int4:g32"), 4.5, 0.09),
-    Row("C", "PocketLLM v1", _recipe("vq8x256+int4:g32"), 5.32, 0.0139),
-    Row("C", "PocketLLM v2", _recipe("vq4x256+int4:g16~3"), 4.0, 0.0023),
-    Row("C", "TenPak-X", _recipe("mag-lowrank32+vq4x256:magnitude+int4:g32"), 4.36, 0.0003),
-    Row("C", "… with statistics and feedback", _recipe("lowrank8+gptq-vq4x256+gptq-int2:g32:search"), None, None),
-    Row("C", "TenPak-X v2", _recipe("mag-lowrank64+vq4x256:magnitude"), 5.64, 0.072),
-    Row("C", "AQLM", _recipe("aq2x8x256"), None, None),
-    Row("C", "… codebooks alone, calibrated", _recipe("gptq-vq4x256"), None, None),
-    Row("C", "CALDERA", _recipe("lowrank8:int4+gptq-int2:g128:search~5"), None, None),
-    Row("C", "2:4 + INT4", _recipe("sparse24-int4:g32"), 14.0, None),
-    Row("C", "… with feedback", _recipe("sparse24-gptq-int4:g32"), None, None),
-    Row("C", "GPTQ", _recipe("gptq-int4:g128"), None, None),
-    Row("", "tenpak", ("--target", "10x", "--tune", "0"), 10.0, 0.01),
+    Row(
+        "A",
+        "patterns alone",
+        _recipe("pattern4"),
+        1.0,
+        0.77,
+        "One fixed pattern and a scale for 16 weights cannot follow them; with ratio 8 instead of 1 nothing is left.",
+    ),
+    Row(
+        "A",
+        "SVD alone",
+        _recipe("plain-lowrank:bpw=6"),
+        4.0,
+        25.0,
+        "Weights have nearly full rank: what a truncation drops is most of what the model says.",
+    ),
+    Row(
+        "A",
+        "calibrated SVD",
+        _recipe("act-lowrank:bpw=5"),
+        5.0,
+        2500.0,
+        "Weighing columns helps and does not make the rank lower; at equal bytes INT4 loses far less.",
+    ),
+    Row(
+        "A",
+        "… in the metric of the output",
+        _recipe("lowrank:bpw=5"),
+        None,
+        None,
+        "Whitening is the best that low rank can do, and low rank is still the wrong tool for a whole model.",
+    ),
+    Row(
+        "A",
+        "GPTQ-style, 4 bits",
+        _recipe("gptq-int4:row"),
+        7.87,
+        0.38,
+        "Full Hessian and corrected targets; what was claimed came of a diagonal one.",
+    ),
+    Row(
+        "B",
+        "SVD + INT8, K only",
+        _only("*k_proj*", "plain-lowrank64:int8"),
+        None,
+        None,
+        "True and of little use: keys are a few per cent of a model, so is what can be saved.",
+    ),
+    Row(
+        "B",
+        "… K, whitened",
+        _only("*k_proj*", "lowrank64:int8"),
+        None,
+        None,
+        "Half the KL of plain truncation for the same bytes.",
+    ),
+    Row(
+        "B",
+        "… MLP down",
+        _only("*down_proj*", "plain-lowrank64:int8"),
+        None,
+        None,
+        "MLPs break, as was said: their spectrum is flat.",
+    ),
+    Row(
+        "B",
+        "… attention out",
+        _only("*o_proj*", "plain-lowrank64:int8"),
+        None,
+        None,
+        "So does the attention's output.",
+    ),
+    Row(
+        "C",
+        "INT4 g8",
+        _recipe("int4:g8"),
+        4.0,
+        0.0173,
+        "As was said: groups of 8 cost four bits of scales for every weight's four.",
+    ),
+    Row(
+        "C",
+        "INT4 g16",
+        _recipe("int4:g16"),
+        5.33,
+        0.0104,
+        "Holds for the larger of the two models at most: losses of rounding shrink with size.",
+    ),
+    Row(
+        "C",
+        "INT4 g32",
+        _recipe("int4:g32"),
+        6.4,
+        0.0255,
+        "As was said, and the fairest of these trades without data.",
+    ),
+    Row(
+        "C",
+        "int4_opt",
+        _recipe("int4:g16:search"),
+        5.33,
+        0.0,
+        "Searching the scales helps; it does not make rounding free.",
+    ),
+    Row(
+        "C",
+        "int4_residual",
+        _recipe("int4:g16+int2:g16"),
+        3.2,
+        0.0025,
+        "Six bits and two scales: near lossless because it is hardly smaller.",
+    ),
+    Row(
+        "C",
+        "int4_calibrated",
+        _recipe("awq-int4:g16"),
+        4.27,
+        0.0036,
+        "Scaling channels by activations works without more bytes.",
+    ),
+    Row(
+        "C",
+        "INT3 g32",
+        _recipe("int3:g32"),
+        8.0,
+        0.21,
+        "As bad as was said.",
+    ),
+    Row(
+        "C",
+        "… with feedback",
+        _recipe("gptq-int3:g32"),
+        None,
+        None,
+        "The same bytes, a fraction of the loss: three bits were never the problem, rounding them blindly was.",
+    ),
+    Row(
+        "C",
+        "NF4, learned",
+        _recipe("nf4:g64:learned"),
+        6.0,
+        0.14,
+        "As was said; INT4 with feedback is better at the same bytes.",
+    ),
+    Row(
+        "C",
+        "NF3, learned",
+        _recipe("nf3:g64:learned"),
+        9.0,
+        0.54,
+        "As was said, and no use.",
+    ),
+    Row(
+        "C",
+        "spin, g128",
+        _recipe("spin-int4:g128"),
+        7.1,
+        0.2,
+        "Rotations spread outliers, of which small models have none.",
+    ),
+    Row(
+        "C",
+        "awq-10x, g128",
+        _recipe("awq-int4:g128"),
+        7.1,
+        0.2,
+        "Better than was said, and a ratio of seven, not ten.",
+    ),
+    Row(
+        "C",
+        "PQ",
+        _recipe("vq8x256"),
+        31.6,
+        56.48,
+        "One bit a weight without data loses everything, and codebooks of a small model are not free.",
+    ),
+    Row(
+        "C",
+        "PQ with residual",
+        _recipe("vq8x256+int4:g32"),
+        4.5,
+        0.09,
+        "The residual does the work; the codebook below it could be left out.",
+    ),
+    Row(
+        "C",
+        "PocketLLM v1",
+        _recipe("vq8x256+int4:g32"),
+        5.32,
+        0.0139,
+        "The loss holds, the ratio does not: indices, scales and codebooks all count.",
+    ),
+    Row(
+        "C",
+        "PocketLLM v2",
+        _recipe("vq4x256+int4:g16~3"),
+        4.0,
+        0.0023,
+        "Seven bits in all, so it is near lossless.",
+    ),
+    Row(
+        "C",
+        "TenPak-X",
+        _recipe("mag-lowrank32+vq4x256:magnitude+int4:g32"),
+        4.36,
+        0.0003,
+        "Three stages are nine bits: INT8 of the same size is nearer to the original.",
+    ),
+    Row(
+        "C",
+        "… the same bytes, statistics and feedback",
+        _recipe("lowrank32+gptq-vq4x256+gptq-int4:g32"),
+        None,
+        None,
+        "What data and feedback are worth to the same recipe.",
+    ),
+    Row(
+        "C",
+        "… with statistics and feedback",
+        _recipe("lowrank8+gptq-vq4x256+gptq-int2:g32:search"),
+        None,
+        None,
+        "With statistics the stages can be far smaller.",
+    ),
+    Row(
+        "C",
+        "TenPak-X v2",
+        _recipe("mag-lowrank64+vq4x256:magnitude"),
+        5.64,
+        0.072,
+        "Without the residual, low rank and a codebook are not enough.",
+    ),
+    Row(
+        "C",
+        "… v2, the same bytes, statistics and feedback",
+        _recipe("lowrank64+gptq-vq4x256"),
+        None,
+        None,
+        "What data and feedback are worth to this one.",
+    ),
+    Row(
+        "C",
+        "AQLM",
+        _recipe("aq2x8x256"),
+        None,
+        None,
+        "Two additive books of this size; a good part of the file is codebooks, which a large model would not notice.",
+    ),
+    Row(
+        "C",
+        "… codebooks alone, calibrated",
+        _recipe("gptq-vq4x256"),
+        None,
+        None,
+        "Vectors with feedback: of all fixed-rate recipes the least loss below three bits.",
+    ),
+    Row(
+        "C",
+        "CALDERA",
+        _recipe("lowrank8:int4+gptq-int2:g128:search~5"),
+        None,
+        None,
+        "Low rank pays for itself next to two bits, and only there.",
+    ),
+    Row(
+        "C",
+        "2:4 + INT4",
+        _recipe("sparse24-int4:g32"),
+        14.0,
+        None,
+        "Half of the weights of a model this small cannot be spared.",
+    ),
+    Row(
+        "C",
+        "… with feedback",
+        _recipe("sparse24-gptq-int4:g32"),
+        None,
+        None,
+        "Compensation saves what can be saved; three bits for all weights are better than four for half of them.",
+    ),
+    Row(
+        "C",
+        "GPTQ",
+        _recipe("gptq-int4:g128"),
+        None,
+        None,
+        "The reference point of the field, at about seven times.",
+    ),
+    Row(
+        "",
+        "tenpak",
+        ("--target", "10x", "--tune", "0"),
+        10.0,
+        0.01,
+        "Ten times, everything counted: entropy-coded trellis quantization with full feedback.",
+    ),
 )
+
+
+# Measured on the smallest model as well.
+SCALING = ("INT4 g32", "INT3 g32", "… with feedback", "GPTQ", "TenPak-X", "… codebooks alone, calibrated", "tenpak")
 
 
 def run() -> Iterator[dict[str, Any]]:
@@ -99,6 +366,18 @@ def run() -> Iterator[dict[str, Any]]:
             rows = list(pool.map(lambda row, paths=paths: measure(row, *paths), ROWS))
         models[case] = {key(row): found for row, found in zip(ROWS, rows, strict=True)}
         yield {"window": WINDOW, "calibration_tokens": TOKENS, "models": models, "claims": claims(models)}
+    result = {"window": WINDOW, "calibration_tokens": TOKENS, "models": models, "claims": claims(models)}
+    yield {**result, "scaling": scaling(models)}
+
+
+def scaling(models: dict[str, Any]) -> dict[str, Any]:
+    """The same recipes on models of rising size: name → recipe → figures."""
+    found = {case: {row.name: rows[key(row)] for row in ROWS if row.name in SCALING} for case, rows in models.items()}
+    smallest = next((case for case in cases() if case.startswith("stories260k")), None)
+    if smallest is None or "MODELS" in os.environ:
+        return found
+    rows = {row.name: measure(row, *cases()[smallest]) for row in ROWS if row.name in SCALING}
+    return {smallest: rows, **found}
 
 
 def chosen() -> dict[str, tuple[Path, Path, Path]]:
@@ -135,6 +414,7 @@ def claims(models: dict[str, Any]) -> list[dict[str, Any]]:
             "options": list(row.options),
             "ratio": row.ratio,
             "loss": row.loss,
+            "why": row.why,
             "verdict": verdict(row, [found[key(row)] for found in models.values()]),
         }
         for row in ROWS

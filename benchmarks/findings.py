@@ -1,0 +1,143 @@
+"""The tables of docs/findings.md and docs/allocation.md, from seeds.json and mixtures.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+__all__ = ["claims", "limits", "same_bytes", "scaling", "single_recipes", "sizes", "solver", "tables"]
+
+Row = tuple[str, ...]
+
+# What a recipe gains by statistics and feedback, at the same bytes.
+PAIRS = {
+    "TenPak-X": "… the same bytes, statistics and feedback",
+    "TenPak-X v2": "… v2, the same bytes, statistics and feedback",
+    "INT3 g32": "… with feedback",
+    "2:4 + INT4": "… with feedback ",
+}
+
+
+def claims(result: dict[str, Any]) -> Iterator[Row]:
+    """Claim by claim, and what each model says."""
+    models = list(result["models"].values())
+    names = [case.partition(",")[0] for case in result["models"]]
+    yield ("", "method", "recipe", "claimed", *(f"{name}: ×, perplexity, KL" for name in names), "verdict", "why")
+    for number, claim in enumerate(result["claims"]):
+        ratio = "" if claim["ratio"] is None else f"{claim['ratio']:g}×"
+        loss = "" if claim["loss"] is None else f"{claim['loss']:+.2%}"
+        yield (
+            claim["system"],
+            claim["name"].strip(),
+            f"`{' '.join(claim['options']).removeprefix('--recipe ').removeprefix('dense --set ')}`",
+            " ".join(part for part in (ratio, loss) if part),
+            *(_figures(list(rows.values())[number]) for rows in models),
+            claim["verdict"],
+            claim["why"],
+        )
+
+
+def same_bytes(result: dict[str, Any]) -> Iterator[Row]:
+    """Recipes of older systems without and with what statistics and feedback give them."""
+    yield (
+        "model, text",
+        "recipe",
+        "bytes",
+        "KL as published",
+        "bytes",
+        "KL with statistics and feedback",
+        "times less",
+    )
+    for case, rows in result["models"].items():
+        by_name = {claim["name"]: row for claim, row in zip(result["claims"], rows.values(), strict=True)}
+        for plain, better in PAIRS.items():
+            a, b = by_name[plain], by_name[better]
+            yield (
+                case,
+                plain,
+                f"{a['bytes']:,}",
+                f"{a['kl']:.5f}",
+                f"{b['bytes']:,}",
+                f"{b['kl']:.5f}",
+                f"{a['kl'] / b['kl']:.1f}",
+            )
+
+
+def scaling(result: dict[str, Any]) -> Iterator[Row]:
+    """The same recipes on models of rising size."""
+    models = result["scaling"]
+    yield ("method", *(f"{case.partition(',')[0]}: bits per weight, KL" for case in models))
+    for name in next(iter(models.values())):
+        yield (name.strip(), *(f"{rows[name]['bpw']:.2f}, {rows[name]['kl']:.5f}" for rows in models.values()))
+
+
+def single_recipes(result: dict[str, Any]) -> Iterator[Row]:
+    """Plans over all recipes at the bytes of each."""
+    yield ("model", "bytes", "bits per weight", "best single recipe", "its KL", "plan's bytes", "plan's KL", "of it")
+    for model, found in result["singles"].items():
+        for recipe, row in sorted(found["plans"].items(), key=lambda item: item[1]["plan"]["limit"]):
+            plan = row["plan"]
+            yield (
+                model,
+                f"{plan['limit']:,}",
+                f"{found['singles'][recipe]['bpw']:.2f}",
+                f"`{row['best']}`",
+                f"{row['best_kl']:.5f}",
+                f"{plan['bytes']:,}",
+                f"{plan['kl']:.5f}",
+                f"{plan['kl'] / row['best_kl']:.2f}",
+            )
+
+
+def tables(result: dict[str, Any]) -> Iterator[Row]:
+    """Plans over grids beside the tables of older systems."""
+    yield ("model", "table", "bytes", "KL", "plan's bytes", "plan's KL", "times less")
+    for model, found in result["tables"].items():
+        for name, row in found.items():
+            table, plan = row["table"], row["plan"]
+            yield (
+                model,
+                name,
+                f"{table['bytes']:,}",
+                f"{table['kl']:.5f}",
+                f"{plan['bytes']:,}",
+                f"{plan['kl']:.5f}",
+                f"{table['kl'] / plan['kl']:.1f}",
+            )
+
+
+def sizes(result: dict[str, Any]) -> Iterator[Row]:
+    """Written bytes relative to what was allowed."""
+    models = list(result["sizes"])
+    yield ("`--bpw`", *models)
+    for bits in next(iter(result["sizes"].values())):
+        cells = [result["sizes"][model][bits] for model in models]
+        yield (bits, *("out of reach" if c is None else f"{c['bytes'] / c['limit'] - 1:+.3%}" for c in cells))
+
+
+def limits(result: dict[str, Any]) -> Iterator[Row]:
+    """Budgets of quality and what was measured on the artifact."""
+    yield ("model", "codecs", "budget", "reached", "of the budget", "standard error", "bits per weight", "trials")
+    for model, rows in result["limits"].items():
+        for row in rows:
+            yield (
+                model,
+                row["kind"],
+                f"`{row['budget']}`",
+                f"{row['reached']:.5f}",
+                f"{row['reached'] / row['limit']:.1%}",
+                f"{row['error']:.5f}",
+                f"{row['bpw']:.2f}",
+                str(row["trials"]),
+            )
+
+
+def solver(result: dict[str, Any]) -> Iterator[Row]:
+    """A thousand tensors with forty candidates."""
+    yield ("budget", "seconds", "proven gap")
+    for name, row in result["solver"].items():
+        yield (name, f"{row['seconds']:.2f}", f"{row['gap']:.2g}")
+
+
+def _figures(row: dict[str, Any]) -> str:
+    return f"{row['ratio_fp32']:.2f}×, {row['ppl_increase']:+.2%}, {row['kl']:.5f}"

@@ -110,6 +110,69 @@ def run() -> dict[str, Any]:
     }
 
 
+# From two bits to eight.
+CANDIDATES = "gptq-int2:g64,gptq-int3:g64,gptq-int3:g32,gptq-int4:g64,gptq-int4:g32,int8:row"
+STEP = 0.3  # of the flagship without data, in units of the weights' deviation: about three and a half bits
+
+
+def run_codecs() -> dict[str, Any]:
+    """The flagship without data, from disk to the first logits; and a profile of six candidates, statistics given."""
+    with tempfile.TemporaryDirectory(prefix="tenpak-large-") as folder:
+        source, out = Path(folder) / "model", Path(folder) / "artifact"
+        parameters = write_model(source)
+        text = Path(folder) / "text.txt"
+        write_text(source, text)
+        recipe = f"trellis:{0.02 * STEP:g}:datafree"
+        options = ("--recipe", recipe, "--set", f"*={recipe}", "--evaluation", "none")
+        compressed = measure("compress", str(source), "-o", str(out), *options, "--json")
+        report = json.loads(compressed.pop("stdout"))
+        done = subprocess.run([sys.executable, "-c", _LOADER, out], stdout=subprocess.PIPE, text=True, check=True)
+        loaded = json.loads(done.stdout)
+        shutil.rmtree(out)
+        read = (
+            "--calibration",
+            str(text),
+            "--calibration-tokens",
+            str(4 * WINDOW),
+            "--calibration-window",
+            str(WINDOW),
+        )
+        statistics = str(Path(folder) / "statistics")
+        measure("calibrate", str(source), "-o", statistics, *read, "--json")
+        path = str(Path(folder) / "profile.json")
+        profiled = measure(
+            "profile", str(source), "-o", path, "--statistics", statistics, "--candidates", CANDIDATES, "--json"
+        )
+        profiled.pop("stdout")
+    return {
+        "parameters": parameters,
+        "recipe": recipe,
+        "bpw": report["bpw"],
+        "compress": compressed,
+        "load": loaded,
+        "candidates": CANDIDATES.split(","),
+        "profile": profiled,
+    }
+
+
+# Seconds until a model from disk has given logits, imports not counted, and again once everything is decoded.
+_LOADER = """
+import json, sys, time
+import torch, tenpak, transformers.models.llama.modeling_llama
+tokens = torch.arange(16)[None]
+with torch.inference_mode():
+    started = time.perf_counter()
+    model = tenpak.load(sys.argv[1])
+    loaded = time.perf_counter()
+    model(tokens)
+    first = time.perf_counter()
+    model(tokens)
+    second = time.perf_counter()
+print(json.dumps({"load_seconds": loaded - started, "first_logits_seconds": first - started,
+                  "forward_seconds": second - first}))
+"""
+
+
 def calibrate(source: Path, text: Path, folder: Path) -> dict[str, Any]:
     """GPTQ with the default propagation, on a few windows; and the statistics of a full calibration."""
     read = ("--calibration", str(text), "--calibration-tokens", str(WINDOWS * WINDOW))

@@ -159,6 +159,20 @@ def large() -> str:
     )
 
 
+def codecs() -> str:
+    """The flagship and a profile on the 1.1-billion-parameter model."""
+    r = load("codecs")
+    rows = [
+        (f"compress, `{r['recipe']}`, {r['bpw']:.2f} bits per weight", r["compress"]),
+        (f"profile, {len(r['candidates'])} candidates, statistics given", r["profile"]),
+    ]
+    lines = [(name, f"{f['wall_seconds']:,.0f} s", f"{f['peak_resident_bytes'] / 1e6:,.0f} MB") for name, f in rows]
+    found = r["load"]
+    lines.append(("from disk to the first logits, everything decoded", f"{found['first_logits_seconds']:.1f} s", ""))
+    lines.append(("a forward pass of 16 tokens after that", f"{found['forward_seconds']:.2f} s", ""))
+    return table(("1.1 B parameters, two cores", "time", "peak resident memory"), lines)
+
+
 def footprint() -> str:
     """Overhead in the weight files."""
     result = load("footprint")
@@ -351,6 +365,7 @@ def machine() -> str:
         "frontier",
         "seeds",
         "mixtures",
+        "codecs",
     ):
         env = load(name)["environment"]
         versions = ", ".join(f"{package} {number}" for package, number in env["versions"].items())
@@ -395,6 +410,7 @@ TABLES = {
     "quality": quality,
     "speed": speed,
     "large": large,
+    "codecs": codecs,
     "footprint": footprint,
     "resident": resident,
     "peers": peers,

@@ -1,7 +1,7 @@
 """`make bench`: run the benchmarks (all, or those named) and write ``benchmarks/results/<name>.json``.
 
-    python benchmarks/run.py [speed] [footprint] [large] [quality] [feedback] [ablation] [trellis] [budgets] [rivals]
-                             [policies] [mixtures] [ingredients] [seeds]
+    python benchmarks/run.py [speed] [footprint] [large] [codecs] [quality] [feedback] [ablation] [trellis] [budgets]
+                             [rivals] [policies] [mixtures] [ingredients] [seeds]
     python benchmarks/run.py peers | frontier   by name only: they install another library
 
 Then ``python benchmarks/render.py`` renders the tables that README and docs show.
@@ -30,6 +30,7 @@ BENCHMARKS = {
     "speed": speed.run,
     "footprint": footprint.run,
     "large": large.run,
+    "codecs": large.run_codecs,
     "quality": quality.run,
     "feedback": feedback.run,
     "ablation": ablation.run,

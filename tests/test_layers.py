@@ -18,7 +18,7 @@ FILES = sorted(path for path in ROOT.rglob("*.py") if "__pycache__" not in path.
 # `work` and `job`.
 LAYERS = (
     "cli", "pixel", "pipeline", "publishing", "prediction", "knobs", "profiling", "dial", "recovery", "task",
-    "sequential", "encoding", "work", "calibrating", "job", "policies", "plans", "recipes", "report", "tuning",
+    "sequential", "encoding", "work", "calibrating", "job", "policies", "plans", "report", "recipes", "tuning",
     "allocation",
     "evaluation", "nn", "calibration", "artifact", "checkpoint", "codecs", "kernels", "errors",
 )  # fmt: skip

@@ -44,11 +44,12 @@ from tenpak.checkpoint.source import dtype_name, is_artifact, tensor_bytes
 from tenpak.codecs.base import Payload
 from tenpak.errors import ArtifactError, OutputExistsError, TenpakError
 
-__all__ = ["MAX_SHARD_BYTES", "ArtifactWriter", "check_output", "predicted_bytes", "replace_file"]
+__all__ = ["MAX_SHARD_BYTES", "PAGE_NAME", "ArtifactWriter", "check_output", "predicted_bytes", "replace_file"]
 
 MAX_SHARD_BYTES = 4_000_000_000
 REPORT_NAME = "report.json"
 CARD_NAME = "README.md"
+PAGE_NAME = "report.html"  # written later, if at all
 _SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
@@ -251,7 +252,7 @@ def check_output(out: Path, *, overwrite: bool) -> None:
         )
     if not overwrite:
         raise OutputExistsError(f"{out} exists", hint="choose another -o, or pass --overwrite to replace the artifact")
-    written = {"config.json", MANIFEST_NAME, REPORT_NAME, CARD_NAME, INDEX_NAME}
+    written = {"config.json", MANIFEST_NAME, REPORT_NAME, CARD_NAME, PAGE_NAME, INDEX_NAME}
     with contextlib.suppress(TenpakError):  # without a manifest nobody knows where the other files come from
         written |= load_manifest(out / MANIFEST_NAME).files.keys()
     names = (path.name for path in out.iterdir())

@@ -4,7 +4,7 @@ A module here holds verbs of a kind; each parses (``options``), calls the librar
 """
 
 # Importing a module registers its verbs, in the order in which `tenpak --help` lists them.
-from tenpak.cli import making, planning, measuring, looking  # noqa: I001
+from tenpak.cli import making, planning, measuring, looking, reporting  # noqa: I001
 from tenpak.cli.application import app, main
 
-__all__ = ["app", "looking", "main", "making", "measuring", "planning"]
+__all__ = ["app", "looking", "main", "making", "measuring", "planning", "reporting"]

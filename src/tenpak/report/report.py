@@ -15,6 +15,7 @@ from typing import Any
 
 from tenpak.artifact.reader import open_artifact
 from tenpak.artifact.sizes import Sizes
+from tenpak.artifact.writer import PAGE_NAME
 
 __all__ = ["Report", "measured"]
 
@@ -30,7 +31,7 @@ class Report(Sizes):
         parameters: of the model, tied ones once.
         bytes: of the weight files.
         checkpoint_bytes: of the source's weight files.
-        folder_bytes: of everything in the folder when the weights were published.
+        folder_bytes: of everything in the folder when the weights were published; a page added later does not count.
         payload_bits: of all compressed tensors.
         compressed_parameters: elements of all compressed tensors.
         codecs: codec id → bytes.
@@ -107,7 +108,7 @@ def measured(
         parameters=manifest.source.parameters,
         bytes=artifact.bytes,
         checkpoint_bytes=manifest.source.bytes if checkpoint_bytes is None else checkpoint_bytes,
-        folder_bytes=sum(path.stat().st_size for path in artifact.folder.iterdir()),
+        folder_bytes=sum(path.stat().st_size for path in artifact.folder.iterdir() if path.name != PAGE_NAME),
         payload_bits=sum(entry.bits for entry in manifest.weights.values()),
         compressed_parameters=sum(math.prod(entry.shape) for entry in manifest.weights.values()),
         codecs=dict(codecs),

@@ -21,6 +21,7 @@ from tenpak.report.figure import (
     plain,
     size_axis,
 )
+from tenpak.report.treemap import Legend
 
 __all__ = ["Entry", "bit_bars", "entries", "kind_map", "overview", "rivals"]
 
@@ -120,8 +121,8 @@ def overview(groups: Sequence[Sequence[Entry]]) -> Figure | None:
     return Figure("overview", "All sources: loss against bits per weight", summary, data, layout, 440, "wide")
 
 
-def bit_bars(every: Sequence[Entry]) -> Figure:
-    """What the bits per weight of each artifact are spent on: codecs, dense tensors, headers."""
+def bit_bars(every: Sequence[Entry]) -> tuple[Figure, tuple[Legend, ...]]:
+    """What the bits per weight of each artifact are spent on: codecs, dense tensors, headers; and what is which."""
     spent: dict[str, dict[str, float]] = defaultdict(dict)
     for entry in every:
         parameters = entry.contents.report.parameters
@@ -151,10 +152,11 @@ def bit_bars(every: Sequence[Entry]) -> Figure:
         "barmode": "stack",
         "xaxis": axis("bits per weight, everything counted"),
         "yaxis": {"type": "category", "autorange": "reversed", "fixedrange": True},
-        "legend": {**LEGEND, "traceorder": "normal"},
+        "showlegend": False,
     }
     summary = "The whole of a bar is the artifact's size in bits per weight."
-    return Figure("bars", "What the bits are spent on", summary, data, layout, 150 + 34 * len(every))
+    names_of = tuple(Legend(name, min(number, COLOURS - 1)) for number, name in enumerate(names))
+    return Figure("bars", "What the bits are spent on", summary, data, layout, 80 + 34 * len(every)), names_of
 
 
 def kind_map(every: Sequence[Entry]) -> Figure | None:

@@ -164,7 +164,7 @@ def short_recipe(recipe: str) -> str:
 
 def _last(part: str, length: int) -> str:
     pieces = part.split(".")[-length:]
-    return ".".join(piece.removesuffix("_proj") or piece for piece in pieces)
+    return ".".join(piece.removesuffix("_proj").removesuffix("_tokens") or piece for piece in pieces)
 
 
 def _stored(artifact: Artifact, recipes: Mapping[str, str], labels: Mapping[str, str]) -> dict[str, Stored]:

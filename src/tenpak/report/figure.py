@@ -97,7 +97,6 @@ def heat_map(
     texts = [["" if v is None else format(v, spec) for v in line] for line in values]
     row_word, unit = words
     names = [plain(column) for column in columns]
-    angle = -35 if max(map(len, columns)) > 7 else 0
     trace = {
         "type": "heatmap",
         "x": names,
@@ -119,7 +118,7 @@ def heat_map(
             "side": "top",
             "showgrid": False,
             "fixedrange": True,
-            "tickangle": angle,
+            "tickfont": {"size": 11},
         },
         "yaxis": axis(row_word, type="category", autorange="reversed", showgrid=False, fixedrange=True),
         "margin": {"l": 48, "r": 4, "t": 40, "b": 8},

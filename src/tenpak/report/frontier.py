@@ -44,6 +44,10 @@ def frontier(contents: Contents, profile: Profile | None) -> Figure | None:
         data.append(_points("the original", {"the original": (contents.manifest.source.bytes, 0.0)}, 2, "diamond"))
     ys = [y for trace in data for y in trace["y"]]
     xs = [x for trace in data for x in trace["x"]]
+    edge = min(xs) + 0.7 * (max(xs) - min(xs))
+    for trace in data:  # labels stay within the figure
+        if "text" in trace:
+            trace["textposition"] = ["bottom left" if x > edge else "top right" for x in trace["x"]]
     layout = {
         "xaxis": size_axis(xs),
         "yaxis": loss_axis(ys, "KL divergence, nats per token"),

@@ -92,10 +92,11 @@ def compare_page(every: Sequence[Entry]) -> str:
     missing = (f"Not measured: {', '.join(unmeasured)}. {UNMEASURED}",) if unmeasured else ()
     beaten = _BEATEN if any(entry.beaten_by for entry in every) else ""
     kinds = kind_map(every)
+    bars, names = bit_bars(every)
     sections = [
         Section("artifacts", "The artifacts", tables=(_table(groups),)),
         Section("frontier", "What the size costs", beaten, figures=known, missing=missing),
-        Section("bits", "Where the bits are", figures=(bit_bars(every), *(() if kinds is None else (kinds,)))),
+        Section("bits", "Where the bits are", figures=(bars, *(() if kinds is None else (kinds,))), legend=names),
     ]
     sources = [group[0].contents.manifest.source.name for group in groups]
     return _render(

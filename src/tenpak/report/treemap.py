@@ -113,7 +113,7 @@ class _Tiles:
         shown = size(nbytes)
         if tile is not None:
             told += f"<br>{8 * nbytes / max(tile.numel, 1):.3f} bits per weight, {plain(tile.codec)}"
-        row = (f"/{key}", plain(label), f"/{parent}" if parent else "root", nbytes, shown, told)
+        row = (plain(f"/{key}"), plain(label), f"/{parent}" if parent else "root", nbytes, shown, told)
         for column, value in zip(self.columns.values(), row, strict=True):
             column.append(value)
         self.colours.append(colour)

@@ -23,17 +23,16 @@
     return named ? style.getPropertyValue("--" + value.slice(1)).trim() : value;
   }
 
-  function layoutOf(figure, style, width) {
+  function layoutOf(own, style, width) {
     const axis = {
       gridcolor: "@grid", linecolor: "@line", zerolinecolor: "@grid", tickcolor: "@line", automargin: true,
       title: { font: { size: 13, color: "@muted" }, standoff: 10 }, tickfont: { size: 12 },
     };
-    const own = figure.layout;
     const layout = {
       font: { family: style.getPropertyValue("--font").trim(), size: 13, color: "@ink" },
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
-      margin: { l: 56, r: 12, t: figure.layout.legend ? 34 : 10, b: 44 },
+      margin: { l: 56, r: 12, t: own.legend ? 34 : 10, b: 44 },
       hoverlabel: { bgcolor: "@surface", bordercolor: "@line", font: { color: "@ink" }, align: "left" },
       dragmode: coarse ? false : "zoom",
       ...own,
@@ -47,12 +46,27 @@
 
   function draw(figure, width) {
     const style = getComputedStyle(root);
-    return Plotly.react("plot-" + figure.id, coloured(figure.data, "", style), layoutOf(figure, style, width), config);
+    const place = document.getElementById("plot-" + figure.id);
+    const { data, layout } = fitted(figure, width ?? place.clientWidth);
+    return Plotly.react(place, coloured(data, "", style), layoutOf(layout, style, width), config);
+  }
+
+  // Heat maps: numbers that do not fit into their cells are left to the labels that appear on pointing, and names of
+  // columns that are wider than these are turned.
+  function fitted(figure, width) {
+    const map = figure.data[0];
+    if (map.type !== "heatmap") return figure;
+    const cell = (width - 60) / map.x.length;
+    const longest = (texts) => Math.max(...texts.map((text) => text.length));
+    const data = cell < 6.4 * longest(map.text.flat()) ? [{ ...map, texttemplate: "" }] : figure.data;
+    const turned = { ...figure.layout.xaxis, tickangle: cell < 7 * longest(map.x) ? -40 : 0 };
+    return { ...figure, data, layout: { ...figure.layout, xaxis: turned } };
   }
 
   const pause = () => new Promise((done) => setTimeout(done, 0));
 
   async function drawAll() {
+    root.dataset.drawn = "some";
     for (const figure of figures) {
       await draw(figure);
       await pause(); // a click or a scroll need not wait for the rest
@@ -63,7 +77,11 @@
   // Paper is light and narrow, and does not wait.
   function print(begins) {
     root.classList.toggle("printed", begins);
-    for (const figure of figures) draw(figure, begins ? PAPER : undefined);
+    for (const figure of figures) {
+      const width = begins ? PAPER : undefined;
+      draw(figure, width);
+      if (figure.layout.legend) draw(figure, width); // now that it is known how high the legend is
+    }
   }
 
   dark.addEventListener("change", drawAll);

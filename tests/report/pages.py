@@ -74,7 +74,7 @@ def search(count: int = 5) -> dict[str, Any]:
     """What ``report.json`` tells of a search."""
     costs = [4200 - 700 / (number + 1) * (-1) ** number for number in range(count)]
     return {
-        "search": {"budget": "10x", "trials": [{"step": 0.01 / (n + 1), "cost": c} for n, c in enumerate(costs)]},
+        "search": {"budget": "10x", "trials": [{"value": 0.01 / (n + 1), "cost": c} for n, c in enumerate(costs)]},
         "environment": {"python": "3.11.7", "machine": "x86_64", "threads": 2, "written": "2026-01-02T03:04:05Z"},
         "seconds": 12.5,
     }
@@ -129,10 +129,10 @@ def diagnosis(artifact: Path) -> dict[str, Any]:
 
 
 def profile(artifact: Path) -> dict[str, Any]:
-    """A profile with three recipes for every tensor and a few measurements."""
+    """A profile of the model with three recipes for every tensor and a few measurements."""
     manifest = open_artifact(artifact).manifest
     candidates = {"int3:g16": 4.0, "int4:g16": 5.0, "int8:row": 8.5}
-    tensors = []
+    tensors, measured = [], []
     for number, (name, entry) in enumerate(manifest.weights.items()):
         numel = math.prod(entry.shape)
         difficulty = (2 + math.sin(number)) * 1e-6
@@ -140,10 +140,19 @@ def profile(artifact: Path) -> dict[str, Any]:
             {"recipe": recipe, "bytes": int(numel * bpw / 8), "loss": difficulty * numel * 4 ** (4 - bpw)}
             for recipe, bpw in candidates.items()
         ]
-        measured = [{"recipe": o["recipe"], "kl": o["loss"] * (1.1 + 0.3 * math.cos(number))} for o in options[:2]]
-        told = {"name": name, "parameters": numel, "options": options}
-        tensors.append({**told, "measured": measured} if number % 2 else told)
-    return {"source": "someone/model", "candidates": list(candidates), "tensors": tensors}
+        shape = list(entry.shape)
+        tensors.append(
+            {"name": name, "dtype": "F32", "shape": shape, "bytes": 4 * numel, "group": name, "options": options}
+        )
+        if number % 2:
+            option = options[number % 3]
+            told = {"tensor": name, "recipe": option["recipe"], "predicted": option["loss"]}
+            measured.append({**told, "kl": option["loss"] * (1.1 + 0.3 * math.cos(number))})
+    source = {"name": manifest.source.name, "sha256": manifest.source.sha256, "text": "calibration.txt"}
+    return {
+        "source": {**source, "parameters": manifest.source.parameters, "tokens": 1000},
+        "candidates": list(candidates), "tensors": tensors, "measured": measured,
+    }  # fmt: skip
 
 
 def write_json(path: Path, content: object) -> Path:

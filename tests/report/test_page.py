@@ -6,6 +6,7 @@ import html
 import json
 import re
 import shlex
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from pages import HOSTILE, QUALITY, diagnosis, profile, search, write_json, writ
 
 from tenpak.artifact.verify import verify
 from tenpak.artifact.writer import check_output
-from tenpak.errors import ArtifactError, EvaluationError, OutputExistsError
+from tenpak.errors import AllocationError, ArtifactError, EvaluationError, OutputExistsError
 from tenpak.report.comparison import entries
 from tenpak.report.contents import place, read_contents, short_kinds, short_recipe
 from tenpak.report.page import compare_page, default_page, report_page, write_page
@@ -231,7 +232,16 @@ def test_another_file_is_no_diagnosis(content: str, message: str, folder: Path, 
 
 def test_a_missing_file_is_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match=r"nowhere\.json"):
+        report_page(folder, diagnosis=tmp_path / "nowhere.json")
+    with pytest.raises(AllocationError, match=r"nowhere\.json"):
         report_page(folder, profile=tmp_path / "nowhere.json")
+
+
+def test_a_profile_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    other = write_model(tmp_path / "other", name="other/model")
+    path = write_json(tmp_path / "p.json", profile(other))
+    with pytest.raises(EvaluationError, match="profile of another model"):
+        report_page(folder, profile=path)
 
 
 # Several ---------------------------------------------------------------------------------------------------------
@@ -330,8 +340,24 @@ def test_recipes_for_people() -> None:
 
 def test_the_command_repeats_what_was_done(folder: Path, tmp_path: Path) -> None:
     words = shlex.split(command(read_contents(folder)))
-    assert words[:6] == ["tenpak", "compress", "someone/model", "-o", "artifact", "--target"]
-    assert words[-2:] == ["--evaluation", "evaluation.txt"]
+    start = ["tenpak", "compress", "someone/model", "-o", "artifact"]
+    assert words == [*start, "--recipe", "int4:g32", "--evaluation", "evaluation.txt"]
+    contents = read_contents(folder)
+    manifest = contents.manifest.model_copy(
+        update={"recipe": "trellis:0.01", "overrides": ("*=trellis:0.01", "a=int8:row"), "seed": 7}
+    )
+    words = shlex.split(command(replace(contents, manifest=manifest)))
+    assert words == [
+        *start, "--target", "10x", "--set", "a=int8:row", "--calibration", "none", "--tune", "0", "--seed", "7",
+        "--evaluation", "evaluation.txt",
+    ]  # fmt: skip
+    read = {"text": "c.txt", "text_sha256": "ef" * 32, "tokens": 100, "window": 8, "propagation": "own"}
+    manifest = manifest.model_copy(update={"calibration": {**read, "tuning": {"steps": 3}}})
+    words = shlex.split(command(replace(contents, manifest=manifest)))
+    assert words[9:21] == [
+        "--calibration", "c.txt", "--calibration-tokens", "100", "--calibration-window", "8", "--propagation", "own",
+        "--tune", "3", "--seed", "7",
+    ]  # fmt: skip
     other = write_model(tmp_path / "it's", quality=None)
     words = shlex.split(command(read_contents(other)))
     assert words == [

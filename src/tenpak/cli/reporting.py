@@ -22,7 +22,7 @@ def report(
         Path | None, typer.Option("-o", "--out", help="page to write; default: report.html in the artifact")
     ] = None,
     diagnosis: Annotated[Path | None, typer.Option(help="JSON that `tenpak diagnose --json` printed")] = None,
-    profile: Annotated[Path | None, typer.Option(help="JSON of the model's profile")] = None,
+    profile: Annotated[Path | None, typer.Option(help="file that `tenpak profile` wrote of the model")] = None,
     as_json: Json = False,
 ) -> None:
     """Write a page on ARTIFACT that tells and shows everything: one HTML file that needs nothing else."""

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tenpak.allocation.budget import Budget
+from tenpak.allocation.profile import Profile
 from tenpak.errors import BudgetError
 from tenpak.report.card import size
 from tenpak.report.contents import Contents, short_recipe
 from tenpak.report.figure import LEGEND, Figure, axis, loss_axis, plain, size_axis
-from tenpak.report.inputs import Profile
 
 __all__ = ["frontier", "searched"]
 
@@ -78,17 +78,11 @@ def _predicted(
 
     What is not profiled keeps its bytes; losses add, as those of the profile are meant to.
     """
-    tensors = [tensor for tensor in profile.tensors if tensor.name in contents.tensors]
-    options = [
-        {o.recipe: (o.bytes, o.loss) for o in tensor.options if o.bytes is not None and o.loss is not None}
-        for tensor in tensors
-    ]
-    options = [choice for choice in options if choice]
+    tensors = [tensor for tensor in profile.tensors if tensor.name in contents.tensors and tensor.options]
+    options = [{o.recipe: (o.bytes, o.loss) for o in tensor.options} for tensor in tensors]
     if not options:
         return {}, []
-    rest = contents.report.bytes - sum(
-        contents.tensors[tensor.name].bytes for tensor in tensors if any(o.loss is not None for o in tensor.options)
-    )
+    rest = contents.report.bytes - sum(contents.tensors[tensor.name].bytes for tensor in tensors)
     everywhere = [recipe for recipe in options[0] if all(recipe in choice for choice in options)]
 
     def total(chosen: Sequence[tuple[float, float]]) -> tuple[float, float]:
@@ -109,7 +103,7 @@ def searched(contents: Contents) -> Figure | None:
     if search is None:
         return None
     costs = [trial.cost for trial in search.trials if trial.cost is not None]
-    steps = [trial.step for trial in search.trials if trial.cost is not None]
+    values = [trial.value for trial in search.trials if trial.cost is not None]
     try:
         budget = Budget.parse(search.budget)
     except BudgetError:
@@ -124,7 +118,7 @@ def searched(contents: Contents) -> Figure | None:
         "mode": "lines+markers",
         "x": numbers,
         "y": costs,
-        "text": ["step unknown" if step is None else f"step {step:.6g}" for step in steps],
+        "text": ["value unknown" if value is None else f"value {value:.6g}" for value in values],
         "hovertemplate": "trial %{x}, %{text}<br>%{y:,.6~g} " + unit + "<extra></extra>",
         "line": {"color": "@muted", "width": 1, "dash": "dot"},
         "marker": {

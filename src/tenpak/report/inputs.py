@@ -1,6 +1,6 @@
 """What the page reads besides the artifact: ``report.json``, a diagnosis, a profile.
 
-Unlike the manifest these files are not sealed, and each may lack any part: a part that is missing or null takes its
+Unlike the manifest the first two are not sealed, and each may lack any part: a part that is missing or null takes its
 default, a number that is not finite counts as missing, and what is not known is skipped. A part of the wrong type is an
 error that names the file and the place.
 """
@@ -14,6 +14,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
+from tenpak.allocation.profile import Profile
 from tenpak.checkpoint.header import read_whole
 from tenpak.errors import EvaluationError
 
@@ -23,10 +24,6 @@ __all__ = [
     "Finding",
     "Layer",
     "Loss",
-    "Measured",
-    "Option",
-    "Profile",
-    "ProfiledTensor",
     "Quality",
     "Recorded",
     "Sample",
@@ -74,9 +71,9 @@ class Quality(_Loose):
 
 
 class Trial(_Loose):
-    """A step that a search tried and what it cost, in the unit of its budget."""
+    """A value that a search tried and what it cost, in the unit of its budget."""
 
-    step: Number = None
+    value: Number = None
     cost: Number = None
 
 
@@ -175,38 +172,6 @@ class Diagnosis(_Loose):
     verdict: tuple[str, ...] = ()
 
 
-class Option(_Loose):
-    """A recipe for a tensor: bytes, and loss in nats per token, predicted."""
-
-    recipe: str
-    bytes: Number = None
-    loss: Number = None
-
-
-class Measured(_Loose):
-    """What a recipe for one tensor alone costs in nats per token, measured."""
-
-    recipe: str
-    kl: Number = None
-
-
-class ProfiledTensor(_Loose):
-    """A tensor and what it could be stored as."""
-
-    name: str
-    parameters: int = 0
-    options: tuple[Option, ...] = ()
-    measured: tuple[Measured, ...] = ()
-
-
-class Profile(_Loose):
-    """Candidates for every tensor."""
-
-    source: str = ""
-    candidates: tuple[str, ...] = ()
-    tensors: tuple[ProfiledTensor, ...] = ()
-
-
 class Loss(BaseModel):
     """A tensor's recipe with what was predicted and what was measured of it, nats per token."""
 
@@ -230,11 +195,19 @@ def load_diagnosis(path: Path, tensors: Mapping[str, Any]) -> Diagnosis:
     return found
 
 
-def load_profile(path: Path, tensors: Mapping[str, Any]) -> Profile:
-    """Read a profile of the model whose artifact holds ``tensors``. Raises as ``load_diagnosis`` does."""
-    hint = "give the profile of the model that was compressed"
-    found = _load(path, Profile, "a profile", hint)
-    _require_known(path, [tensor.name for tensor in found.tensors], tensors, hint)
+def load_profile(path: Path, source_sha256: str) -> Profile:
+    """Read a profile of the model that was compressed.
+
+    Raises:
+        AllocationError: it cannot be read or is malformed.
+        EvaluationError: it is of another model.
+    """
+    found = Profile.read(path)
+    if found.source.sha256 != source_sha256:
+        raise EvaluationError(
+            f"{path} is a profile of another model ({found.source.name}) or of other weights",
+            hint="make one of the model that was compressed: `tenpak profile MODEL -o FILE`",
+        )
     return found
 
 

@@ -61,15 +61,16 @@ def report_page(artifact: str | Path, *, diagnosis: Path | None = None, profile:
     Args:
         artifact: its folder.
         diagnosis: JSON that ``tenpak diagnose --json`` printed of it.
-        profile: JSON of the source model's profile.
+        profile: what ``tenpak profile`` wrote of the source model.
 
     Raises:
         ArtifactError: as ``open_artifact``.
-        EvaluationError: diagnosis or profile cannot be read, or are of another model.
+        EvaluationError: the diagnosis cannot be read, or it or the profile are of another model.
+        AllocationError: the profile cannot be read.
     """
     contents = read_contents(artifact)
     found = None if diagnosis is None else load_diagnosis(diagnosis, contents.tensors)
-    profiled = None if profile is None else load_profile(profile, contents.tensors)
+    profiled = None if profile is None else load_profile(profile, contents.manifest.source.sha256)
     source = contents.manifest.source.name
     ratio = f"{contents.report.ratio_fp32:.1f}× smaller"
     return _render(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from typing import Any
 
 from tenpak.allocation.budget import Budget
@@ -11,6 +12,7 @@ from tenpak.report.contents import Contents
 
 __all__ = ["command", "provenance"]
 
+_MOST_OVERRIDES = 10
 _BUDGETS = {
     "ratio": ("--target", "{:g}x"),
     "bpw": ("--bpw", "{:g}"),
@@ -28,7 +30,7 @@ def provenance(contents: Contents) -> list[tuple[str, str]]:
         ("source SHA-256", manifest.source.sha256),
         ("source files", f"{manifest.source.bytes:,} bytes, {manifest.source.parameters:,} parameters"),
         ("recipe", manifest.recipe),
-        *(("override", entry) for entry in manifest.overrides),
+        *_overrides(manifest.overrides),
         ("seed", str(manifest.seed)),
     ]
     rows += _calibration(manifest.calibration)
@@ -55,7 +57,8 @@ def command(contents: Contents) -> str:
     read = manifest.calibration or {}
     words = ["tenpak", "compress", manifest.source.name, "-o", contents.name]
     search = contents.recorded.search
-    budget = _budget(search.budget) if search is not None else None
+    # What chose among candidates recorded what it chose, but not among what.
+    budget = _budget(search.budget) if search is not None and manifest.recipe.startswith("trellis:") else None
     overrides = list(manifest.overrides)
     if budget:
         words += budget
@@ -73,6 +76,12 @@ def command(contents: Contents) -> str:
     quality = contents.quality
     words += ["--evaluation", quality.text if quality is not None and quality.text else "none"]
     return shlex.join(words)
+
+
+def _overrides(entries: Sequence[str]) -> list[tuple[str, str]]:
+    rows = [("override", entry) for entry in entries[:_MOST_OVERRIDES]]
+    more = len(entries) - len(rows)
+    return [*rows, ("", f"and {more} more, as in the command below")] if more else rows
 
 
 def _calibration(read: dict[str, Any] | None) -> list[tuple[str, str]]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from tenpak.allocation.profile import Profile
 from tenpak.report.card import size
 from tenpak.report.contents import Contents
 from tenpak.report.figure import Figure
 from tenpak.report.figures import bits_map, damage_map, drift, peaks, predicted_losses
 from tenpak.report.frontier import frontier, searched
-from tenpak.report.inputs import Diagnosis, Loss, Profile, Quality, Sample, Step
+from tenpak.report.inputs import Diagnosis, Loss, Quality, Sample, Step
 from tenpak.report.provenance import command, provenance
 from tenpak.report.treemap import Legend, legend, treemap
 
@@ -244,27 +245,24 @@ def _drift(diagnosis: Diagnosis) -> Section:
 
 
 def _losses(diagnosis: Diagnosis, profile: Profile | None) -> Section:
-    figure = predicted_losses(_pairs(diagnosis, profile or Profile()))
+    figure = None if profile is None else predicted_losses(_pairs(diagnosis, profile))
+    figures = () if figure is None else (figure,)
     hint = (
-        "Predicted against measured losses: `tenpak report ARTIFACT --profile FILE`, with a profile that measured some."
+        "Predicted against measured losses: `tenpak profile MODEL --measure 20 -o FILE`, then `tenpak report ARTIFACT "
+        "--profile FILE`."
     )
-    return Section(
-        "losses",
-        "How good the predictions were",
-        figures=() if figure is None else (figure,),
-        missing=(hint,) if figure is None else (),
-    )
+    return Section("losses", "How good the predictions were", figures=figures, missing=() if figures else (hint,))
 
 
 def _pairs(diagnosis: Diagnosis, profile: Profile) -> list[Loss]:
     """Losses that are both predicted and measured: by the profile, or by the diagnosis of what was written."""
-    measured = {(w.name, w.codec): w.kl for w in diagnosis.weights if w.kl is not None and w.codec is not None}
-    pairs = []
+    pairs = [Loss(name=m.tensor, recipe=m.recipe, predicted=m.predicted, measured=m.kl) for m in profile.measured]
+    done = {(pair.name, pair.recipe) for pair in pairs}
+    measured = {(weight.name, weight.codec): weight.kl for weight in diagnosis.weights if weight.codec is not None}
     for tensor in profile.tensors:
-        own = {(tensor.name, m.recipe): m.kl for m in tensor.measured if m.kl is not None}
         for option in tensor.options:
-            kl = own.get((tensor.name, option.recipe), measured.get((tensor.name, option.recipe)))
-            if kl is not None and option.loss is not None:
+            kl = measured.get((tensor.name, option.recipe))
+            if kl is not None and (tensor.name, option.recipe) not in done:
                 pairs.append(Loss(name=tensor.name, recipe=option.recipe, predicted=option.loss, measured=kl))
     return pairs
 

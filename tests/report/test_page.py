@@ -121,6 +121,12 @@ def test_the_bill_on_the_page_adds_up(full: Document, folder: Path) -> None:
     assert int(rows[2].replace(",", "")) == sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
+def test_labels_of_near_points_do_not_overlap(full: Document) -> None:
+    traces = [trace for trace in full.figures["frontier"]["data"] if "text" in trace]
+    assert traces[-1]["text"][0].endswith("×")
+    assert all(trace["hovertext"] for trace in traces)
+
+
 def test_it_is_the_same_each_time(folder: Path) -> None:
     assert report_page(folder) == report_page(folder)
 

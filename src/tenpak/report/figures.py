@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from statistics import median
 from typing import Any
 
 from tenpak.report.contents import Contents, Stored, short_kinds
@@ -166,6 +167,11 @@ def _line(name: str, x: Sequence[int], y: Sequence[float | None], text: Sequence
     }
 
 
+def _symbol(number: int) -> str:
+    """Symbols that differ for longer than colours do."""
+    return SYMBOLS[(number + number // 8) % 8] + ("-open" if number >= 8 else "")
+
+
 def predicted_losses(pairs: Sequence[Loss]) -> Figure | None:
     """Predicted against measured loss of tensors on equal logarithmic axes; None where there is nothing to draw."""
     pairs = [pair for pair in pairs if pair.predicted > 0 and pair.measured > 0]
@@ -191,12 +197,12 @@ def predicted_losses(pairs: Sequence[Loss]) -> Figure | None:
                 "y": [pair.measured for pair in here],
                 "text": [plain(pair.name) for pair in here],
                 "hovertemplate": "%{text}<br>predicted %{x:.3g}, measured %{y:.3g}<extra></extra>",
-                "marker": {"color": f"@c{number % COLOURS}", "symbol": SYMBOLS[number % 8], "size": 9},
+                "marker": {"color": f"@c{number % COLOURS}", "symbol": _symbol(number), "size": 9},
             }
         )
-    ratios = sorted(pair.measured / pair.predicted for pair in pairs)
+    middle = median(pair.measured / pair.predicted for pair in pairs)
     summary = (
-        f"{len(pairs)} tensors; the median of measured ÷ predicted is {ratios[len(ratios) // 2]:.2f}. On the dotted "
+        f"{len(pairs)} measurements; the median of measured ÷ predicted is {middle:.2f}. On the dotted "
         "line both are equal."
     )
     layout = {

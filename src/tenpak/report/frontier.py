@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from tenpak.report.figure import LEGEND, Figure, axis, loss_axis, plain, size_ax
 
 __all__ = ["frontier", "searched"]
 
+_APART = (0.2, 0.06)  # labels of points that are nearer, as parts of the figure, would overlap
+_LABEL = (0.12, 0.1)  # what a label may cover, up and to the right of its point
 _PRICES = 60  # of a byte in nats: points along the predicted frontier
 
 
@@ -34,20 +37,16 @@ def frontier(contents: Contents, profile: Profile | None) -> Figure | None:
         data.append(_points("one recipe everywhere, predicted", uniform, 1, "square-open"))
     report = contents.report
     if measured and quality is not None:
-        label = f"this artifact, {report.ratio_fp32:.2f}×"
+        label = f"{report.ratio_fp32:.2f}×"
         here = _points("this artifact, measured", {label: (report.bytes, quality.kl or 0.0)}, 0, "star")
-        here["marker"]["size"] = 16
+        here |= {"marker": {**here["marker"], "size": 16}, "textposition": "bottom right"}
         if quality.kl_se is not None:
             here["error_y"] = {"type": "data", "array": [quality.kl_se], "color": "@c0", "thickness": 1.5, "width": 5}
         data.append(here)
     if not best:
         data.append(_points("the original", {"the original": (contents.manifest.source.bytes, 0.0)}, 2, "diamond"))
-    ys = [y for trace in data for y in trace["y"]]
-    xs = [x for trace in data for x in trace["x"]]
-    edge = min(xs) + 0.7 * (max(xs) - min(xs))
-    for trace in data:  # labels stay within the figure
-        if "text" in trace:
-            trace["textposition"] = ["bottom left" if x > edge else "top right" for x in trace["x"]]
+    _place_labels(data)
+    xs, ys = ([value for trace in data for value in trace[key]] for key in "xy")
     layout = {
         "xaxis": size_axis(xs),
         "yaxis": loss_axis(ys, "KL divergence, nats per token"),
@@ -56,7 +55,30 @@ def frontier(contents: Contents, profile: Profile | None) -> Figure | None:
     summary = "Lower left is better."
     if measured and quality is not None:
         summary += f" {size(report.bytes)} at {quality.kl:.5f} nats per token."
-    return Figure("frontier", "Loss against size", summary, data, layout, 380)
+    return Figure("frontier", "Loss against size", summary, data, layout, 380, "wide" if best else "")
+
+
+def _place_labels(data: Sequence[dict[str, Any]]) -> None:
+    """Keep labels within the figure, apart from each other and off other points; the last traces' go first."""
+    xs, ys = ([value for trace in data for value in trace[key]] for key in "xy")
+    wide = min(ys) > 0
+    width, height = max(xs) - min(xs) or 1.0, (math.log(max(ys) / min(ys)) if wide else max(ys) - min(ys)) or 1.0
+    labelled = [trace for trace in data if "text" in trace]
+    where = [
+        [(x / width, (math.log(y) if wide else y) / height) for x, y in zip(trace["x"], trace["y"], strict=True)]
+        for trace in labelled
+    ]
+    points = [point for places in where for point in places]
+    taken: list[tuple[float, float]] = []
+    for trace, places in reversed(list(zip(labelled, where, strict=True))):
+        texts, positions = [], []
+        for (x, y), text in zip(places, trace["text"], strict=True):
+            free = not any(abs(x - a) <= _APART[0] and abs(y - b) <= _APART[1] for a, b in taken)
+            free = free and not any(0 < a - x < _LABEL[0] and 0 < b - y < _LABEL[1] for a, b in points)
+            taken += [(x, y)] if free else []
+            texts.append(text if free else "")
+            positions.append("top center" if x > min(xs) / width + 0.7 else trace["textposition"])
+        trace |= {"hovertext": trace["text"], "text": texts, "textposition": positions}
 
 
 def _predicted_line(best: Sequence[tuple[float, float]]) -> dict[str, Any]:
@@ -160,7 +182,7 @@ def _points(name: str, points: Mapping[str, tuple[float, float]], number: int, s
         "y": [y for _, y in points.values()],
         "text": [plain(label) for label in points],
         "textposition": "top right",
-        "hovertemplate": "%{text}<br>%{x:,.0f} bytes, %{y:.5g} nats per token<extra></extra>",
+        "hovertemplate": "%{hovertext}<br>%{x:,.0f} bytes, %{y:.5g} nats per token<extra></extra>",
         "marker": {"color": f"@c{number}", "symbol": symbol, "size": 12, "line": {"width": 2, "color": f"@c{number}"}},
         "cliponaxis": False,
     }

@@ -159,6 +159,8 @@ def _verdict(diagnosis: Diagnosis) -> Section | None:
 
 def _frontier(contents: Contents, profile: Profile | None) -> Section:
     figures = [figure for figure in (frontier(contents, profile), searched(contents)) if figure is not None]
+    if len(figures) == 2 and figures[0].place == "wide":
+        figures[1] = replace(figures[1], place="wide", height=260)
     missing = []
     if contents.quality is None or contents.quality.kl is None:
         missing.append(f"The quality was not measured. {UNMEASURED}")

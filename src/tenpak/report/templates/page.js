@@ -51,11 +51,15 @@
     return Plotly.react(place, coloured(data, "", style), layoutOf(layout, style, width), config);
   }
 
-  // Heat maps: numbers that do not fit into their cells are left to the labels that appear on pointing, and names of
-  // columns that are wider than these are turned.
+  // What does not fit is left to the labels that appear on pointing: numbers in the cells of a heat map, and on a phone
+  // the names of many points. Names of columns that are wider than these are turned.
   function fitted(figure, width) {
     const map = figure.data[0];
-    if (map.type !== "heatmap") return figure;
+    if (map.type !== "heatmap") {
+      const crowded = (trace) => width < 500 && Array.isArray(trace.hovertext) && trace.hovertext.length > 3;
+      const data = figure.data.map((trace) => (crowded(trace) ? { ...trace, mode: "markers" } : trace));
+      return { ...figure, data };
+    }
     const cell = (width - 60) / map.x.length;
     const longest = (texts) => Math.max(...texts.map((text) => text.length));
     const data = cell < 6.4 * longest(map.text.flat()) ? [{ ...map, texttemplate: "" }] : figure.data;

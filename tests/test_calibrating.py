@@ -10,10 +10,7 @@ from families import make_tiny_talker
 
 import tenpak
 from tenpak.artifact.schema import MANIFEST_NAME, load_manifest
-from tenpak.calibrating import first_tokens
-from tenpak.calibration.text import tokenize
 from tenpak.errors import CalibrationError
-from tenpak.evaluation.evaluate import load_tokenizer
 
 TEXT = "the moon and the sun went over the sea and the star sat on the moon. " * 60
 OTHER = "a star sat over the sun and the sea went on. " * 20
@@ -102,11 +99,3 @@ def test_few_tokens_are_warned_about(talker: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text(OTHER)
     with pytest.warns(UserWarning, match="are advised"):
         tenpak.compress(talker, tmp_path / "out", recipe="gptq-int4:g32", calibration=tmp_path / "short.txt")
-
-
-def test_the_first_tokens_are_those_of_the_whole_text(tinystories: Path) -> None:
-    content = (tinystories / "texts" / "calibration.txt").read_text()
-    tokenizer = load_tokenizer(tinystories)
-    whole = tokenize(tokenizer, content)
-    for count in (10, 1000, 20_000, len(whole) - 10, len(whole) + 10):
-        assert torch.equal(first_tokens(tokenizer, content, count, 2048), whole[:count])

@@ -18,9 +18,8 @@ FILES = sorted(path for path in ROOT.rglob("*.py") if "__pycache__" not in path.
 # `work` and `job`.
 LAYERS = (
     "cli", "pixel", "pipeline", "publishing", "prediction", "knobs", "profiling", "dial", "recovery", "task",
-    "sequential", "encoding", "work", "calibrating", "job", "policies", "plans", "report", "recipes", "tuning",
-    "allocation",
-    "evaluation", "nn", "calibration", "artifact", "checkpoint", "codecs", "kernels", "errors",
+    "sequential", "encoding", "work", "calibrating", "job", "policies", "plans", "report", "tuning", "allocation",
+    "evaluation", "nn", "calibration", "artifact", "checkpoint", "recipes", "codecs", "kernels", "errors",
 )  # fmt: skip
 # The package itself, what runs it, and what registers it hold the layers together.
 OUTSIDE = {"__init__", "__main__", "_autoload"}

@@ -15,13 +15,13 @@ from typing import Any
 from torch import Tensor
 
 from tenpak.calibration.activations import SPILL_BYTES
-from tenpak.calibration.choice import Text, choose_text
+from tenpak.calibration.choice import Text, choose_text, first_tokens
 from tenpak.calibration.collect import Progress, collect
 from tenpak.calibration.heuristics import guess_curvature
 from tenpak.calibration.skeleton import Skeleton
 from tenpak.calibration.statistics import Origin, StatisticsFolder, new_folder, write_part, write_table
 from tenpak.calibration.sums import Sums
-from tenpak.calibration.text import context_length, sample_text, tokenize
+from tenpak.calibration.text import context_length, sample_text
 from tenpak.checkpoint.source import source_sha256
 from tenpak.checkpoint.structure import Weight
 from tenpak.errors import CalibrationError
@@ -34,7 +34,6 @@ __all__ = [
     "Reading",
     "calibrate",
     "collect_into",
-    "first_tokens",
     "read_text",
     "warn_if_short",
 ]
@@ -45,8 +44,6 @@ _SAMPLED_TOKENS = 16_384
 _SAMPLED_SEED = 1
 # Below this many tokens per input the Hessian is mostly damping.
 _TOKENS_PER_INPUT = 50
-# Characters a token, to begin with, and tokens at the end of a piece of text that are not relied on.
-_CHARACTERS, _MARGIN = 6, 64
 
 
 @dataclass(frozen=True)
@@ -213,28 +210,6 @@ def collect_into(
     )
     write_table(folder, origin, sorted(written))
     return StatisticsFolder(folder)
-
-
-def first_tokens(tokenizer: Any, content: str, count: int, vocab_size: int) -> Tensor:
-    """The first tokens of a text, of which no more is tokenized than needed: that may take longer than reading them.
-
-    Args:
-        tokenizer: of the model.
-        content: the text.
-        count: at most so many.
-        vocab_size: of the model.
-
-    Raises:
-        CalibrationError: the tokenizer does not fit the model.
-    """
-    length = _CHARACTERS * count
-    while length < len(content):
-        cut = max(content.rfind("\n", 0, length), content.rfind(" ", 0, length))
-        ids = tokenize(tokenizer, content[: max(cut, 1)], vocab_size=vocab_size)
-        if ids.numel() >= count + _MARGIN:  # what lies at the cut may be split in another way
-            return ids[:count]
-        length *= 2
-    return tokenize(tokenizer, content, vocab_size=vocab_size)[:count]
 
 
 def _outputs(weights: Sequence[Weight]) -> dict[str, int]:

@@ -19,7 +19,8 @@ from psutil import virtual_memory
 from torch import Tensor
 
 from tenpak.allocation.plan import PlanEntry, is_vector
-from tenpak.calibrating import Reading, first_tokens
+from tenpak.calibrating import Reading
+from tenpak.calibration.choice import first_tokens
 from tenpak.calibration.skeleton import Reader, Skeleton
 from tenpak.checkpoint.source import TORCH_DTYPES
 from tenpak.codecs.base import Tunable

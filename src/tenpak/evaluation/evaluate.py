@@ -20,7 +20,7 @@ from tenpak.evaluation.fidelity import Fidelity, fidelity
 from tenpak.nn.load import load
 from tenpak.nn.modules import Runtime
 
-__all__ = ["Evaluation", "evaluate", "load_original", "load_tokenizer"]
+__all__ = ["Evaluation", "evaluate", "evaluation_text", "load_original", "load_tokenizer"]
 
 # Where a model folder may carry its own evaluation text.
 DEFAULT_TEXT = Path("texts") / "evaluation.txt"
@@ -103,11 +103,7 @@ def evaluate(
     compressed = load(artifact, runtime=runtime, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
 
-    def sample() -> Text:
-        content = sample_text(original, tokenizer, tokens=_SAMPLED_TOKENS, seed=_SAMPLED_SEED)
-        return Text(f"sampled from the original, seed {_SAMPLED_SEED}", content)
-
-    chosen = choose_text(text, checkpoint.folder / DEFAULT_TEXT, sample)
+    chosen = evaluation_text(text, checkpoint.folder, original, tokenizer)
     tokens = tokenize(tokenizer, chosen.content, vocab_size=original.config.get_text_config().vocab_size)
     found = fidelity(original, compressed, tokens, window=window, stride=stride, progress=progress)
     return Evaluation(
@@ -118,6 +114,26 @@ def evaluate(
         text=chosen.name,
         text_sha256=chosen.sha256,
     )
+
+
+def evaluation_text(given: str | Path | None, folder: Path, original: Any, tokenizer: Any) -> Text:
+    """The text that a model is measured on: see ``evaluate``.
+
+    Args:
+        given: file, folder or dataset id, or None.
+        folder: of the original, which may hold a text.
+        original: the model, which writes a text where there is none.
+        tokenizer: of the model.
+
+    Raises:
+        CalibrationError: it cannot be read or sampled.
+    """
+
+    def sample() -> Text:
+        content = sample_text(original, tokenizer, tokens=_SAMPLED_TOKENS, seed=_SAMPLED_SEED)
+        return Text(f"sampled from the original, seed {_SAMPLED_SEED}", content)
+
+    return choose_text(given, folder / DEFAULT_TEXT, sample)
 
 
 def load_original(

@@ -19,7 +19,7 @@ from tenpak import cli
 from tenpak.cli import application, console
 from tenpak.recipes import PRESETS, parse
 
-VERBS = ("compress", "inspect", "verify", "evaluate", "generate", "recipes", "report", "compare")
+VERBS = ("compress", "inspect", "verify", "evaluate", "diagnose", "generate", "recipes", "report", "compare")
 TEXT = "the cat sat on the mat and looked at the moon.\n" * 12  # enough windows for a standard error
 
 

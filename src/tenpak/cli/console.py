@@ -66,10 +66,11 @@ def print_result(data: dict[str, Any], as_json: bool, rows: list[tuple[str, str]
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str) -> None:
-    """A table with a header."""
-    table = Table(*header, title=title, title_justify="left", box=None, header_style="dim")
+    """A table with a header, under a title, which a table of its own would fold to its width."""
+    table = Table(*header, box=None, header_style="dim", padding=(0, 2, 0, 0))
     for row in rows:
         table.add_row(*row)
+    out.print(title, style="italic", soft_wrap=True)
     out.print(table)
 
 

@@ -9,10 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from tenpak.cli.application import app, quiet
-from tenpak.cli.console import out, print_result, progress_bar
+from tenpak.cli.console import err, out, print_json, print_result, print_table, progress_bar
 from tenpak.cli.options import Artifact, Device, Dtype, Json, Remote
 
-__all__ = ["evaluate", "generate"]
+__all__ = ["diagnose", "evaluate", "generate"]
 
 
 @app.command()
@@ -59,6 +59,73 @@ def _memory(artifact: Path, against: str, dtype: str) -> dict[str, Any]:
         "runtime speed": measure_memory(artifact, runtime="speed", dtype=dtype),
     }
     return {name: memory.to_json() for name, memory in found.items()}
+
+
+@app.command()
+def diagnose(
+    original: Annotated[str, typer.Argument(metavar="ORIGINAL", help="the original: model folder or Hugging Face id")],
+    artifact: Artifact,
+    text: Annotated[str | None, typer.Option(help="file, folder or dataset id; default: the model's own text")] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="read at most this many of its tokens")] = 4096,
+    window: Annotated[int | None, typer.Option(min=1, help="tokens per window; default: 256, or the context")] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="to be continued; default: two pieces of the text")
+    ] = None,
+    measure: Annotated[int, typer.Option(min=0, help="tensors whose cost is measured, each by a pass; 0: none")] = 8,
+    report: Annotated[Path | None, typer.Option("-o", "--out", help="file to write the JSON to")] = None,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    trust_remote_code: Remote = False,
+    as_json: Json = False,
+) -> None:
+    """Say where the error of ARTIFACT comes from: blocks, tensors, decoding, text, and what to do about it."""
+    from tenpak.evaluation.diagnostics import diagnose as run
+
+    quiet()
+    if report is not None and not report.parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {report.parent} to write {report.name} in")
+    with progress_bar("items") as update:
+        found = run(
+            original,
+            artifact,
+            text=text,
+            tokens=tokens,
+            window=window,
+            prompts=prompts or (),
+            measure=measure,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            progress=update,
+        ).to_json()
+    if report is not None:
+        report.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if as_json:
+        print_json(found)
+    else:
+        _show_diagnosis(found)
+    if report is not None:
+        err.print(f"written to {report}", soft_wrap=True, markup=False)
+
+
+def _show_diagnosis(found: dict[str, Any]) -> None:
+    from tenpak.report.diagnosis_rows import generation_rows, layer_rows, step_rows, summary_rows, weight_rows
+
+    print_result(found, False, summary_rows(found), found["artifact"])
+    out.print()
+    print_table(*layer_rows(found), "blocks, in order of depth")
+    out.print()
+    header, rows = weight_rows(found)
+    print_table(header, rows, "tensors: what they cost and what they are like")
+    if len(rows) < len(found["weights"]):
+        out.print(f"… and {len(found['weights']) - len(rows)} more; --json has all")
+    out.print()
+    print_table(*step_rows(found), f"the next token after {found['step']['prompt']!r}")
+    out.print()
+    print_table(*generation_rows(found), "text")
+    out.print("\nverdict", style="italic")
+    for sentence in found["verdict"]:
+        out.print(f"- {sentence}", soft_wrap=True)
 
 
 @app.command()

@@ -168,9 +168,9 @@ def find_culprit(embedding: str, embedding_error: float, layers: Sequence[Layer]
         else embedding_error
     )
     if own[name] >= (_ALONE if len(layers) == 1 else max(_NOTABLE, _STANDS_OUT * others)):
-        what = "of its own output" if name == embedding else "of an exact input's output"
+        given = "" if name == embedding else "given an exact input "
         times = f", {own[name] / others:.1f} times the median of the other blocks" if others > 0 else ""
-        return Culprit(name, f"it adds a relative error of {own[name]:.3g} {what}{times}")
+        return Culprit(name, f"{given}it adds a relative error of {own[name]:.3g}{times}")
     blown = next((layer for layer in layers if exploded(layer)), None)
     return None if blown is None else Culprit(blown.name, f"{exploded(blown)}")
 

@@ -15,7 +15,8 @@ From the activations: a last block that is off by half of its norm has drifted; 
 ``activations``. From the text: a continuation that is at least half repetition, and at least a quarter more than the
 original's, has degenerated.
 
-Where none of that applies and the whole still costs 0.1 nats per token, the error is spread over everything.
+Where the whole costs 0.1 nats per token, without a culprit and without a tensor that costs half of it, it is *rough*: the
+error is everywhere.
 """
 
 from __future__ import annotations
@@ -70,14 +71,14 @@ def judge(
         found.append("the original is not the checkpoint that the artifact was made from: its bytes differ")
     if not math.isfinite(bill.kl):
         found.append("the artifact's logits are not finite: it cannot be used")
+    if bill.kl >= _ROUGH and activations.culprit is None and not _dominated(bill):
+        found.append(
+            f"the whole is rough, {bill.kl:.3g} nats per token, and no part is half of that: more bits for all of it, or "
+            "rounding that reads a text (gptq-… recipes)"
+        )
     found += _about_activations(activations)
     found += _about_bits(weights, bill, artifact_bytes)
     found += _about_generation(generation)
-    if not found and bill.kl >= _ROUGH:
-        found.append(
-            f"the whole is rough, {bill.kl:.3g} nats per token, and no part stands out: more bits for all of it, or "
-            "rounding that reads a text (gptq-… recipes)"
-        )
     return tuple(found) or (NOTHING,)
 
 
@@ -102,8 +103,7 @@ def _about_bits(weights: Sequence[TensorFigures], bill: Bill, artifact_bytes: in
     figures = {tensor.name: tensor for tensor in weights}
     broken = [name for name, kl in bill.tensors.items() if not math.isfinite(kl)]
     found = [f"leave {name} uncompressed: with it alone replaced, the logits are not finite" for name in broken]
-    costs = {**bill.expected, **bill.tensors}
-    costs = {name: max(kl, 0.0) for name, kl in costs.items() if math.isfinite(kl)}
+    costs = _costs(bill)
     total = sum(costs.values())
     rates = {name: kl / figures[name].bytes for name, kl in costs.items()}
     if total < _WORTH or len(rates) < _FEW:
@@ -129,6 +129,18 @@ def _about_bits(weights: Sequence[TensorFigures], bill: Bill, artifact_bytes: in
         for name in sorted(fewer, key=lambda name: -figures[name].bytes)
     ]
     return [*found, *_listed("more bits for", more), *_listed("fewer bits would do for", less)]
+
+
+def _costs(bill: Bill) -> dict[str, float]:
+    """What every tensor costs, as far as that is finite."""
+    found = {**bill.expected, **bill.tensors}
+    return {name: max(kl, 0.0) for name, kl in found.items() if math.isfinite(kl)}
+
+
+def _dominated(bill: Bill) -> bool:
+    """Whether a single tensor costs half of all, or breaks everything."""
+    costs = _costs(bill)
+    return len(costs) < len(bill.expected) or max(costs.values(), default=0.0) >= _HALF * sum(costs.values())
 
 
 def _listed(what: str, tensors: Sequence[str]) -> list[str]:

@@ -15,8 +15,8 @@ From the activations: a last block that is off by half of its norm has drifted; 
 ``activations``. From the text: a continuation that is at least half repetition, and at least a quarter more than the
 original's, has degenerated.
 
-Where the whole costs 0.1 nats per token, without a culprit and without a tensor that costs half of it, it is *rough*: the
-error is everywhere.
+Where the whole costs 0.1 nats per token, without a culprit and without a tensor that costs half of it, it is *rough*:
+the error is everywhere.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def judge(
         found.append("the artifact's logits are not finite: it cannot be used")
     if bill.kl >= _ROUGH and activations.culprit is None and not _dominated(bill):
         found.append(
-            f"the whole is rough, {bill.kl:.3g} nats per token, and no part is half of that: more bits for all of it, or "
-            "rounding that reads a text (gptq-… recipes)"
+            f"the whole is rough, {bill.kl:.3g} nats per token, and no part is half of that: more bits for all of it, "
+            "or rounding that reads a text (gptq-… recipes)"
         )
     found += _about_activations(activations)
     found += _about_bits(weights, bill, artifact_bytes)

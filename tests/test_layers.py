@@ -17,9 +17,10 @@ FILES = sorted(path for path in ROOT.rglob("*.py") if "__pycache__" not in path.
 # `pipeline`, `publishing`, `prediction`, `knobs`, `profiling`, `dial`, `recovery`, `task`, `sequential`, `encoding`,
 # `work` and `job`.
 LAYERS = (
-    "cli", "pixel", "pipeline", "publishing", "prediction", "knobs", "profiling", "dial", "recovery", "task",
-    "sequential", "encoding", "work", "calibrating", "job", "policies", "plans", "report", "tuning", "allocation",
-    "evaluation", "nn", "calibration", "artifact", "checkpoint", "recipes", "codecs", "kernels", "errors",
+    "cli", "doctor", "pixel", "pipeline", "publishing", "prediction", "knobs", "profiling", "dial", "recovery",
+    "task", "sequential", "encoding", "work", "calibrating", "job", "policies", "plans", "report", "tuning",
+    "allocation", "evaluation", "nn", "calibration", "artifact", "checkpoint", "recipes", "codecs", "kernels",
+    "errors",
 )  # fmt: skip
 # The package itself, what runs it, and what registers it hold the layers together.
 OUTSIDE = {"__init__", "__main__", "_autoload"}

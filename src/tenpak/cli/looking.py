@@ -1,4 +1,4 @@
-"""Verbs that look at what is there: artifacts, statistics, recipes."""
+"""Verbs that look at what is there: artifacts, statistics, recipes, the installation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tenpak.cli.application import app
 from tenpak.cli.console import err, explain_dense, out, print_json, print_result, print_tensors
 from tenpak.cli.options import Artifact, Json
 
-__all__ = ["inspect", "recipes", "verify"]
+__all__ = ["doctor", "inspect", "recipes", "verify"]
 
 
 @app.command()
@@ -77,3 +77,22 @@ def recipes(as_json: Json = False) -> None:
     out.print(table)
     out.print("\nA recipe is also written by hand:\n")
     out.print(GRAMMAR, soft_wrap=True, markup=False, highlight=False)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what is installed and what runs here, and try the kernels; exit code 1 if something is broken."""
+    from tenpak.doctor import examine, health_rows
+
+    health = examine()
+    print_result(health.to_json(), as_json, health_rows(health.to_json()), "tenpak here")
+    if not as_json:
+        for note in health.notes:
+            out.print(f"note: {note}", soft_wrap=True)
+        if health.ok:
+            out.print("nothing is broken")
+    for problem in health.problems:
+        err.print(f"error: {problem}", soft_wrap=True, markup=False)
+    if not health.ok:
+        err.print("hint: install what is missing, then run `tenpak doctor` again", soft_wrap=True)
+        raise typer.Exit(1)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
+import re
 import shutil
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -94,7 +98,9 @@ def test_compress_writes_and_reports(measured) -> None:
     report = json.loads((folder / "report.json").read_text())
     for fact in (f"{report['bytes']:,}", f"{report['bpw']:.3f}", f"{report['ratio_fp32']:.2f}×", "left dense", "KL"):
         assert fact in done.stdout
-    assert done.stderr == ""  # no terminal, no bar
+    phases = [line.partition(":")[0] for line in done.stderr.splitlines()]
+    assert phases == ["encoding", "writing", "evaluating"]  # no terminal: a line each, and no bar
+    assert done.stderr.replace("\n", "").isprintable()
     assert tenpak.verify(folder).ok
 
 
@@ -230,7 +236,8 @@ def test_verify_of_a_damaged_artifact_fails_and_names_the_tensor(work: Path, tmp
     file.write_bytes(data)
     done = run("verify", tmp_path / "damaged")
     assert done.returncode == 1
-    assert done.stderr.startswith("error: the bytes of tensor '")
+    assert done.stderr.startswith("checking: ")
+    assert "\nerror: the bytes of tensor '" in done.stderr
     assert "\nhint: " in done.stderr
     machine = run("verify", tmp_path / "damaged", "--json")
     assert machine.returncode == 1
@@ -250,13 +257,16 @@ def test_reader_that_goes_away_is_no_crash(verb: str, work: Path) -> None:
     assert process.returncode in (0, 1)
 
 
-def test_progress_is_for_terminals_and_goes_to_stderr(work: Path, tmp_path: Path) -> None:
+def on_a_terminal(*arguments: object, resize: tuple[int, int] | None = None) -> tuple[int, str, bytes]:
+    """Exit code, stdout and what a terminal of 120 columns was sent; after its first bytes it may get another size."""
     main, other = pty.openpty()
+    fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 120, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
     process = subprocess.Popen(
-        [sys.executable, "-m", "tenpak", "compress", work / "model", "-o", tmp_path / "out", "--json"],
+        [sys.executable, "-m", "tenpak", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=other,
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
+        env={**environment, "TERM": "xterm"},
     )
     os.close(other)
     shown = b""
@@ -268,11 +278,59 @@ def test_progress_is_for_terminals_and_goes_to_stderr(work: Path, tmp_path: Path
         if not piece:
             break
         shown += piece
+        if resize is not None:
+            fcntl.ioctl(main, termios.TIOCSWINSZ, struct.pack("HHHH", *resize, 0, 0))
+            resize = None
     out, _ = process.communicate(timeout=60)
     os.close(main)
-    assert process.returncode == 0
+    return process.returncode, out.decode(), shown
+
+
+def test_progress_is_a_bar_on_terminals(work: Path, tmp_path: Path) -> None:
+    code, out, shown = on_a_terminal("compress", work / "model", "-o", tmp_path / "out", "--json")
+    assert code == 0
     assert json.loads(out)["bytes"]
     assert b"%" in shown or "━".encode() in shown
+    assert b"encoding:" not in shown
+
+
+def test_a_bar_survives_a_smaller_window(work: Path, tmp_path: Path) -> None:
+    quietly = ("compress", work / "model", "-o", tmp_path / "out", "--evaluation", "none", "--json")
+    code, _, shown = on_a_terminal(*quietly, resize=(5, 30))
+    assert code == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    drawn = [frame for frame in re.split(r"[\r\n]+", text) if frame.strip()]
+    assert len(drawn) > 1
+    assert len(drawn[0]) > 30 >= len(drawn[-1])
+
+
+def test_quiet_leaves_errors_only_and_verbose_tells_each_tensor(work: Path, tmp_path: Path) -> None:
+    compress = ("compress", work / "model", "--evaluation", "none")
+    for place, option in enumerate(("-q", "--quiet")):  # anywhere on the line
+        arguments = [*compress, "-o", tmp_path / option]
+        arguments.insert(place * len(arguments), option)
+        done = run(*arguments)
+        assert done.returncode == 0
+        assert done.stderr == ""
+        assert "bits per weight" in done.stdout
+    failed = run("inspect", work / "model", "-q")
+    assert [line.partition(":")[0] for line in failed.stderr.splitlines()] == ["error", "hint"]
+    told = run(*compress, "-o", tmp_path / "out", "-v")
+    lines = [line for line in told.stderr.splitlines() if line.startswith("encoding: ")]
+    names = {line.rpartition(" ")[2] for line in lines}
+    assert set(tenpak.open_artifact(tmp_path / "out").manifest.weights) <= names
+    code, _, shown = on_a_terminal(*compress, "-o", tmp_path / "again", "-v")
+    assert code == 0
+    assert b"encoding:" in shown
+    code, _, shown = on_a_terminal(*compress, "-o", tmp_path / "silent", "-q")
+    assert (code, shown) == (0, b"")
+
+
+def test_what_follows_two_dashes_is_no_option() -> None:
+    assert application._everywhere(["generate", "m", "-v", "-p", "x", "--debug"]) == (
+        ["-v", "--debug", "generate", "m", "-p", "x"], True,
+    )  # fmt: skip
+    assert application._everywhere(["inspect", "--", "-q", "--debug"]) == (["inspect", "--", "-q", "--debug"], False)
 
 
 def test_brackets_in_names_are_no_markup(work: Path, tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import pytest
@@ -53,14 +55,14 @@ def measured(talker: Path, commands, tmp_path_factory: pytest.TempPathFactory) -
     """A report and its artifact, evaluated."""
     folder = tmp_path_factory.mktemp("measured")
     (folder / "text.txt").write_text(TEXT)
-    run = subprocess.run
+    run = subprocess.Popen
 
     def spy(command: list[str], **options: Any) -> Any:
         commands.append(command)
         return run(command, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline.subprocess, "run", spy)
+        patch.setattr(pipeline.subprocess, "Popen", spy)
         report = tenpak.compress(talker, folder / "artifact", evaluation=folder / "text.txt", seed=7)
     return report, folder / "artifact"
 
@@ -152,6 +154,49 @@ def test_quality_comes_from_a_fresh_process(measured, commands: list[list[str]])
     assert measured[0].quality is not None
     assert [command[:4] for command in commands] == [[sys.executable, "-m", "tenpak", "evaluate"]]
     assert str(measured[1]) in commands[0]
+
+
+def test_the_fresh_process_tells_how_far_it_is(talker: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    seen: list[tuple[str, int, int]] = []
+    report = tenpak.compress(
+        talker, tmp_path / "out", evaluation=tmp_path / "text.txt", progress=lambda *step: seen.append(step)
+    )
+    steps = [step for step in seen if step[0] == "evaluating"]
+    assert report.quality is not None
+    assert steps[-1] == ("evaluating", report.quality["tokens"], report.quality["tokens"])
+    assert seen[-1] == steps[-1]
+
+
+def test_only_lines_of_progress_are_taken_for_it() -> None:
+    script = """
+import sys
+print("result")
+for step in ('["evaluating", 1, 2]', '3', '["a", 2, "b"]'):
+    print('{"progress": ' + step + '}', file=sys.stderr)
+print("\\nwarning: [1]\\n12", file=sys.stderr)
+sys.exit(3)
+"""
+    seen: list[tuple[str, int, int]] = []
+    with TemporaryFile() as printed:
+        code, lines = pipeline._followed([sys.executable, "-c", script], printed, lambda *step: seen.append(step))
+        printed.seek(0)
+        assert printed.read() == b"result\n"
+    assert code == 3
+    assert seen == [("evaluating", 1, 2)]
+    assert lines == ['{"progress": 3}', '{"progress": ["a", 2, "b"]}', "warning: [1]", "12"]
+
+
+def test_whoever_stops_listening_stops_the_other_process() -> None:
+    started = time.monotonic()
+    script = 'import sys, time; print(\'{"progress": ["a", 0, 1]}\', file=sys.stderr, flush=True); time.sleep(60)'
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with TemporaryFile() as printed, pytest.raises(KeyboardInterrupt):
+        pipeline._followed([sys.executable, "-c", script], printed, stop)
+    assert time.monotonic() - started < 30
 
 
 def test_failed_evaluation_leaves_the_artifact(tmp_path: Path) -> None:
@@ -333,7 +378,10 @@ def test_dense_recipe_changes_nothing(talker: Path, tmp_path: Path) -> None:
 def test_progress_counts_every_weight_once(talker: Path, tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     tenpak.compress(talker, tmp_path / "artifact", progress=lambda *step: seen.append(step))
-    names, done, totals = zip(*seen, strict=True)
+    names, done, totals = zip(*(step for step in seen if step[0] != "writing"), strict=True)
+    written = [step for step in seen if step[0] == "writing"]
+    assert written == sorted(written)
+    assert written[-1][1] == written[-1][2]
     compressed = tenpak.open_artifact(tmp_path / "artifact").manifest.weights
     assert sorted(names) == sorted(compressed)
     assert list(done) == sorted(done)

@@ -7,8 +7,9 @@ fixed seed. The model runs in FP32, a block at a time.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from tenpak.calibration.activations import SPILL_BYTES
 from tenpak.calibration.choice import Text, choose_text, first_tokens
-from tenpak.calibration.collect import Progress, collect
+from tenpak.calibration.collect import collect
 from tenpak.calibration.heuristics import guess_curvature
 from tenpak.calibration.skeleton import Skeleton
 from tenpak.calibration.statistics import Origin, StatisticsFolder, new_folder, write_part, write_table
@@ -31,6 +32,7 @@ from tenpak.job import Job, open_job
 __all__ = [
     "DEFAULT_TEXT",
     "DEFAULT_TOKENS",
+    "Progress",
     "Reading",
     "calibrate",
     "collect_into",
@@ -40,6 +42,10 @@ __all__ = [
 
 DEFAULT_TEXT = Path("texts") / "calibration.txt"
 DEFAULT_TOKENS = 131_072
+
+# (what is being done, how much of it is done, how much there is)
+Progress = Callable[[str, int, int], None]
+
 _SAMPLED_TOKENS = 16_384
 _SAMPLED_SEED = 1
 # Below this many tokens per input the Hessian is mostly damping.
@@ -77,6 +83,7 @@ def read_text(
     tokens: int = DEFAULT_TOKENS,
     window: int | None = None,
     trust_remote_code: bool = False,
+    progress: Progress | None = None,
 ) -> Reading:
     """The text to calibrate a job's model on, as tokens.
 
@@ -86,6 +93,7 @@ def read_text(
         tokens: read at most this many.
         window: tokens per window, by default the model's context (at most 4096).
         trust_remote_code: let transformers run model code from the checkpoint.
+        progress: called while a text is sampled.
 
     Raises:
         CalibrationError: the text cannot be used, or the tokenizer does not fit the model.
@@ -97,7 +105,13 @@ def read_text(
 
     def sample() -> Text:
         model = load_original(folder, trust_remote_code=trust_remote_code)
-        content = sample_text(model, tokenizer, tokens=min(tokens, _SAMPLED_TOKENS), seed=_SAMPLED_SEED)
+        content = sample_text(
+            model,
+            tokenizer,
+            tokens=min(tokens, _SAMPLED_TOKENS),
+            seed=_SAMPLED_SEED,
+            progress=None if progress is None else partial(progress, "sampling"),
+        )
         return Text(f"sampled from the model, seed {_SAMPLED_SEED}", content)
 
     chosen = choose_text(text, folder / DEFAULT_TEXT, sample)
@@ -137,7 +151,7 @@ def calibrate(
         spill_bytes: hidden states beyond this go to disk.
         revision: of the hub repository.
         trust_remote_code: let transformers run model code from the checkpoint.
-        progress: called with tokens done and in all, every block counted.
+        progress: called with what is done, and tokens done of it and in all, every block counted.
 
     Raises:
         CheckpointError: the source cannot be read.
@@ -147,7 +161,9 @@ def calibrate(
     out = Path(out)
     with new_folder(out, overwrite=overwrite) as folder:
         job = open_job(source, "dense", (), revision=revision, trust_remote_code=trust_remote_code)
-        reading = read_text(job, calibration, tokens=tokens, window=window, trust_remote_code=trust_remote_code)
+        reading = read_text(
+            job, calibration, tokens=tokens, window=window, trust_remote_code=trust_remote_code, progress=progress
+        )
         warn_if_short(reading, [entry.weight for entry in job.plan.entries if entry.weight.kind != "dense"])
         collect_into(
             folder,
@@ -199,7 +215,7 @@ def collect_into(
         seed=seed,
         spill_bytes=spill_bytes,
         folder=folder,
-        progress=progress,
+        progress=None if progress is None else partial(progress, "calibrating"),
     )
     origin = Origin(
         source=job.checkpoint.name,

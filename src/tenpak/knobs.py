@@ -20,7 +20,7 @@ from tenpak.job import Job, replanned
 from tenpak.plans import DENSE, overriding
 from tenpak.profiling import Candidates, fixed_by, observed, profiled
 from tenpak.recipes import parse
-from tenpak.task import Task, numbered, statistics_of
+from tenpak.task import Task, counter, numbered, statistics_of
 
 __all__ = ["Room", "Step", "dialled_job"]
 
@@ -88,7 +88,7 @@ class Step(Knob):
             chosen = {item.number for item in sample}
             with search.root.inner(f"sample-{step!r}", {"step": step}) as work:
                 left = [item for item in numbered(task.job) if item.number in chosen]
-                encode_entries(task.job.checkpoint, left, work, lookup)
+                encode_entries(task.job.checkpoint, left, work, lookup, counter(left, search.progress, "searching"))
                 units = [work.get(item.number, item.entry.weight.name) for item in left]
                 bits = sum(payload.bits for unit in units if unit is not None for payload in unit.payloads)
                 work.remove()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import subprocess
 import sys
 import time
@@ -17,7 +18,8 @@ from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import Any, BinaryIO
 
 from tenpak.allocation.budget import Budget
 from tenpak.artifact.leftovers import remove_unused
@@ -106,7 +108,7 @@ def compress(
         revision: of the hub repository.
         trust_remote_code: let transformers run model code from the checkpoint.
         max_shard_bytes: weight files are split above this size.
-        progress: called after each tensor, and while the original model is read.
+        progress: called with what is done (a phase, or the tensor just encoded), how much of it, and how much there is.
 
     Returns:
         The report, which is also ``report.json`` in the artifact.
@@ -144,21 +146,28 @@ def compress(
         propagation=propagation,
         seed=seed,
         trust_remote_code=trust_remote_code,
+        progress=progress,
     )
     _require_other_text(task, evaluation)
     steps = chosen_steps(task, tuning, by_default=spent is not None)
     run = _run(task, "by budget" if spent else job.recipe, choice)
     with ExitStack() as stack:
         root = _opened(Work(_work_folder(work, out, run), run), stack)
-        measure = partial(_measured_pass, root.folder / "passes" / "artifact", evaluation, spent)
+        measure = partial(_measured_pass, root.folder / "passes" / "artifact", evaluation, spent, progress)
         found, units = _encoded(Search(task, root, measure, steps, max_shard_bytes, progress), knob, spent, stack)
-        publish(found.task, units, ArtifactWriter(out, overwrite=overwrite, max_shard_bytes=max_shard_bytes))
+        publish(found.task, units, ArtifactWriter(out, overwrite=overwrite, max_shard_bytes=max_shard_bytes), progress)
         root.remove()
-    return _recorded(out, found, spent, len(units.reused), started, evaluation)
+    return _recorded(out, found, spent, len(units.reused), started, evaluation, progress)
 
 
 def _recorded(
-    out: Path, found: Found, spent: Budget | None, reused: int, started: float, evaluation: str | Path | None
+    out: Path,
+    found: Found,
+    spent: Budget | None,
+    reused: int,
+    started: float,
+    evaluation: str | Path | None,
+    progress: Progress | None,
 ) -> Report:
     """The report of what was written, with its quality where there is a text; recorded in the artifact."""
     remove_unused(out.parent, f".{glob.escape(out.name)}.work-*")  # of runs that were to make another artifact here
@@ -168,7 +177,7 @@ def _recorded(
         report = report.with_search(report_of(found, spent))
     record(out, report, source)  # measuring may fail or be interrupted
     if evaluation is not None:
-        report = report.with_quality(_evaluate(out, found.task, evaluation))
+        report = report.with_quality(_evaluate(out, found.task, evaluation, progress))
     if spent is not None:
         report = report.with_search(report_of(found, spent) | {"promise": promise(report, spent)})
     return record(out, report, source)
@@ -238,13 +247,18 @@ def _encoded(search: Search, knob: Knob | None, spent: Budget | None, stack: Exi
 
 
 def _measured_pass(
-    folder: Path, evaluation: str | Path | None, spent: Budget | None, task: Task, units: Work
+    folder: Path,
+    evaluation: str | Path | None,
+    spent: Budget | None,
+    progress: Progress | None,
+    task: Task,
+    units: Work,
 ) -> Measure:
     """The loss of a pass: written, and measured from its files in a fresh process."""
     assert evaluation is not None  # the budget was checked
     assert spent is not None  # nothing is measured without one
-    publish(task, units, ArtifactWriter(folder, overwrite=True))
-    found, name = _evaluate(folder, task, evaluation), "kl" if spent.kind == "kl" else "ppl_increase"
+    publish(task, units, ArtifactWriter(folder, overwrite=True), progress)
+    found, name = _evaluate(folder, task, evaluation, progress), "kl" if spent.kind == "kl" else "ppl_increase"
     return Measure(found[name], found[f"{name}_se"], found["tokens"])
 
 
@@ -308,17 +322,54 @@ def _check_text(job: Job, text: str | Path | None, trust_remote_code: bool) -> N
         raise EvaluationError(f"the text at {str(text)!r} has a single token", hint="give a longer text")
 
 
-def _evaluate(out: Path, task: Task, text: str | Path) -> dict[str, Any]:
-    """Measure the written artifact in a fresh process."""
+def _evaluate(out: Path, task: Task, text: str | Path, progress: Progress | None) -> dict[str, Any]:
+    """Measure the written artifact in a fresh process, whose progress is passed on."""
     command = [sys.executable, "-m", "tenpak", "evaluate", str(out), "--against", str(task.job.checkpoint.folder)]
     command += ["--text", str(text), "--json", *(["--trust-remote-code"] if task.trust_remote_code else [])]
-    # Its progress would be drawn over that of this process; its error is told below.
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        reason = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[-1])
-        raise EvaluationError(
-            f"{out} is written, but measuring it failed: {reason}", hint="repeat it with `tenpak evaluate`"
-        )
-    result: dict[str, Any] = json.loads(done.stdout)
+    with TemporaryFile() as printed:  # a pipe could fill up while the other one is read
+        code, lines = _followed(command, printed, progress)
+        if code != 0:
+            lines = lines or [f"exit code {code}"]
+            reason = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[-1])
+            raise EvaluationError(
+                f"{out} is written, but measuring it failed: {reason}", hint="repeat it with `tenpak evaluate`"
+            )
+        printed.seek(0)
+        result: dict[str, Any] = json.load(printed)
     return result
+
+
+def _followed(command: list[str], printed: BinaryIO, progress: Progress | None) -> tuple[int, list[str]]:
+    """Run a command of tenpak, with its progress passed on; its exit code, and what else it says on stderr, by line.
+
+    Args:
+        command: the command.
+        printed: where its stdout goes.
+        progress: as that of ``compress``.
+    """
+    lines = []
+    environment = {**os.environ, "TENPAK_PROGRESS": "json"}
+    with subprocess.Popen(
+        command, stdout=printed, stderr=subprocess.PIPE, text=True, errors="replace", env=environment
+    ) as process:
+        assert process.stderr is not None  # it is a pipe
+        try:
+            for line in process.stderr:
+                step = _progress_in(line)
+                if step is None:
+                    lines.append(line.rstrip("\n"))
+                elif progress is not None:
+                    progress(*step)
+        except BaseException:  # Ctrl-C as well: it must not go on by itself
+            process.kill()
+            raise
+    return process.returncode, [line for line in lines if line.strip()]
+
+
+def _progress_in(line: str) -> tuple[str, int, int] | None:
+    """What a line says of the progress of another process; None where it says something else."""
+    try:
+        what, done, total = json.loads(line)["progress"]
+        return str(what), int(done), int(total)
+    except (ValueError, TypeError, KeyError):
+        return None

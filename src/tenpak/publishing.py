@@ -28,7 +28,7 @@ from tenpak.errors import ArtifactError
 from tenpak.job import Job
 from tenpak.report.card import model_card
 from tenpak.report.report import Report
-from tenpak.task import Task, coverage, numbered
+from tenpak.task import Progress, Task, coverage, numbered
 from tenpak.work import Work
 
 __all__ = ["publish", "record", "versions"]
@@ -37,11 +37,11 @@ __all__ = ["publish", "record", "versions"]
 _KEPT_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 
 
-def publish(task: Task, units: Work, output: ArtifactWriter) -> None:
-    """Write the artifact of finished work."""
+def publish(task: Task, units: Work, output: ArtifactWriter, progress: Progress | None = None) -> None:
+    """Write the artifact of finished work; ``progress`` is told of each tensor, in stored elements."""
     job = task.job
     with output as writer:
-        manifest = _manifest(task, _store(writer, job, units), _calibration(task, units))
+        manifest = _manifest(task, _store(writer, job, units, progress), _calibration(task, units))
         writer.publish(manifest, _config(job), copied=_kept_files(job.checkpoint))
 
 
@@ -66,13 +66,17 @@ def record(out: Path, report: Report, source: Checkpoint) -> Report:
     return report
 
 
-def _store(writer: ArtifactWriter, job: Job, work: Work) -> dict[str, str]:
+def _store(writer: ArtifactWriter, job: Job, work: Work, progress: Progress | None) -> dict[str, str]:
     """Store every tensor of the plan; returns the hashes of the source's tensors."""
     hashes: dict[str, str] = {}
+    done, total = 0, sum(entry.weight.numel for entry in job.plan.entries)
     tuned = {} if work.tuned is None else work.tuned.dense
     layers = {bias_of(item.entry.weight): item for item in numbered(job)}
     for number, entry in enumerate(job.plan.entries):
         weight = entry.weight
+        if progress is not None:
+            progress("writing", done, total)
+        done += weight.numel
         if entry.codec is not None and weight.tied_to is None:
             unit = work.get(number, weight.name)
             if unit is None:
@@ -98,6 +102,8 @@ def _store(writer: ArtifactWriter, job: Job, work: Work) -> dict[str, str]:
                 tensor = corrected_bias(tensor, unit.bias)
                 reason = f"{reason}, with the mean error of its layer's weight taken up"
             writer.add_dense(weight.name, dense_tensor(entry, tensor), reason)
+    if progress is not None:
+        progress("writing", done, total)
     return hashes
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from psutil import virtual_memory
@@ -114,7 +115,7 @@ def recover(task: Task, units: Work, into: Work, steps: int, progress: Progress 
         held_out,
         steps=steps,
         seed=task.seed,
-        progress=None if progress is None else lambda done, total: progress("tuning", done, total),
+        progress=None if progress is None else partial(progress, "tuning"),
     )
     _store(items, units, into, student.weights)
     dense = student.dense()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from tenpak.calibrating import Reading, collect_into, read_text, warn_if_short
+from tenpak.calibrating import Progress, Reading, collect_into, read_text, warn_if_short
 from tenpak.calibration.experts import rows_before
 from tenpak.calibration.skeleton import OUTSIDE, Skeleton
 from tenpak.calibration.statistics import StatisticsFolder
@@ -23,12 +23,19 @@ from tenpak.job import Job
 from tenpak.sequential import Walk, encode_blocks
 from tenpak.work import Work
 
-__all__ = ["Progress", "Propagation", "Task", "coverage", "encode_all", "numbered", "prepare", "statistics_of"]
+__all__ = [
+    "Progress",
+    "Propagation",
+    "Task",
+    "counter",
+    "coverage",
+    "encode_all",
+    "numbered",
+    "prepare",
+    "statistics_of",
+]
 
 Propagation = Literal["original", "own", "none"]
-
-# (what is being done, how much of it is done, how much there is)
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,7 @@ def prepare(
     propagation: Propagation = "original",
     seed: int = 0,
     trust_remote_code: bool = False,
+    progress: Progress | None = None,
 ) -> Task:
     """Find out what a job's calibration needs, and read its text; arguments are those of ``pipeline.compress``.
 
@@ -102,7 +110,9 @@ def prepare(
         known.require_source(job.checkpoint)
         if calibration is None:
             return Task(job, None, known, "none", seed, trust_remote_code)
-    reading = read_text(job, calibration, tokens=tokens, window=window, trust_remote_code=trust_remote_code)
+    reading = read_text(
+        job, calibration, tokens=tokens, window=window, trust_remote_code=trust_remote_code, progress=progress
+    )
     warn_if_short(reading, needed)
     if known is not None and reading.text.sha256 not in known.origin.text_sha256.split(", "):
         raise CalibrationError(
@@ -133,7 +143,7 @@ def encode_all(task: Task, work: Work, progress: Progress | None = None, *, stat
         ArtifactError: the work folder cannot be written.
     """
     items = numbered(task.job)
-    done = _counter(items, progress)
+    done = counter(items, progress)
     needing = [item for item in items if item.entry.codec is not None and item.entry.codec.needs_statistics]
     if not needing:
         encode_entries(task.job.checkpoint, items, work, done=done)
@@ -211,7 +221,7 @@ def _collect(
             curvature=curvature,
             seed=task.seed,
             trust_remote_code=task.trust_remote_code,
-            progress=None if progress is None else lambda done, total: progress("calibrating", done, total),
+            progress=progress,
         )
 
 
@@ -220,13 +230,14 @@ def _lookup(known: StatisticsFolder, items: Sequence[Numbered]) -> Lookup:
     return lambda weight: known.of(weight, rows_before=before.get(weight.name, 0))
 
 
-def _counter(items: Sequence[Numbered], progress: Progress | None) -> Callable[[Weight], None]:
+def counter(items: Sequence[Numbered], progress: Progress | None, phase: str | None = None) -> Callable[[Weight], None]:
+    """Tells ``progress`` of each of these tensors that is done, in weights, by its name or that of the phase."""
     done, total = 0, sum(item.entry.weight.numel for item in items)
 
     def tick(weight: Weight) -> None:
         nonlocal done
         done += weight.numel
         if progress is not None:
-            progress(weight.name, done, total)
+            progress(phase or weight.name, done, total)
 
     return tick

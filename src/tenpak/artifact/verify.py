@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +29,12 @@ class Verification:
         return not self.problems
 
 
-def verify(folder: str | Path) -> Verification:
+def verify(folder: str | Path, *, progress: Callable[[str, int, int], None] | None = None) -> Verification:
     """Check every tensor and file of an artifact against the hashes in its manifest.
+
+    Args:
+        folder: the artifact.
+        progress: called with what is done, and bytes of tensors done and in all.
 
     Raises:
         ArtifactError: there is no artifact, or its manifest or headers are broken, so that nothing can be compared.
@@ -38,11 +43,14 @@ def verify(folder: str | Path) -> Verification:
     manifest = artifact.manifest
     expected = {name + CODES_SUFFIX: entry.sha256 for name, entry in manifest.weights.items()}
     expected |= {name: entry.sha256 for name, entry in manifest.dense.items()}
-    problems = [
-        f"the bytes of tensor {name!r} are not those that were written"
-        for name, info in artifact.tensors.items()
-        if _hash(info.file, info) != expected[name]
-    ]
+    problems = []
+    done, total = 0, sum(info.nbytes for info in artifact.tensors.values())
+    for name, info in artifact.tensors.items():
+        if _hash(info.file, info) != expected[name]:
+            problems.append(f"the bytes of tensor {name!r} are not those that were written")
+        done += info.nbytes
+        if progress is not None:
+            progress("checking", done, total)
     for name in changed_files(artifact):
         there = (artifact.folder / name).is_file()
         problems.append(f"file {name!r} is {'not the one that was written' if there else 'missing'}")

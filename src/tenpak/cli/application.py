@@ -9,18 +9,17 @@ import signal
 import sys
 import warnings
 from types import FrameType
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
-from tenpak.cli.console import err
+from tenpak.cli.console import err, set_verbosity
 from tenpak.errors import ArtifactError, CheckpointError, TenpakError
 
-__all__ = ["app", "main", "quiet"]
+__all__ = ["app", "main", "options", "quiet"]
 
 app = typer.Typer(
     name="tenpak",
-    help="Make decoder-only language models about ten times smaller, and prove it on the file it wrote.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -37,9 +36,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # so that a terminated run also cleans up
         signal.signal(number, _interrupt)
     warnings.showwarning = _warn
-    debug = "--debug" in sys.argv
-    if debug:
-        sys.argv.remove("--debug")
+    sys.argv[1:], debug = _everywhere(sys.argv[1:])
     try:
         app()
     except (TenpakError, OSError) as error:
@@ -50,6 +47,26 @@ def main() -> None:
     except _Interrupted as error:
         _fail("interrupted", "no half-written output is left; run the same command again to go on")
         sys.exit(128 + error.args[0])
+
+
+@app.callback()
+def options(
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="no progress, no notes; warnings and errors stay")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="a line for every tensor as well")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="show where an error happened")] = False,
+) -> None:
+    """Make decoder-only language models about ten times smaller, and prove it on the file it wrote."""
+    set_verbosity("quiet" if quiet else "verbose" if verbose else "normal")
+
+
+def _everywhere(arguments: list[str]) -> tuple[list[str], bool]:
+    """The arguments with the options of ``options``, which may stand anywhere, in front; and whether to debug."""
+    known = {"-q", "--quiet", "-v", "--verbose", "--debug"}
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    first = [argument for argument in arguments[:end] if argument in known]
+    return [*first, *(a for a in arguments[:end] if a not in known), *arguments[end:]], "--debug" in first
 
 
 def _fail(message: str, hint: str) -> None:

@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-__all__ = ["err", "explain_dense", "out", "print_json", "print_result", "print_table", "print_tensors", "progress_bar"]
+from tenpak.cli.progress import FORMAT, Update, bar, json_lines, lines
+
+__all__ = [
+    "err",
+    "explain_dense",
+    "note",
+    "out",
+    "print_json",
+    "print_result",
+    "print_table",
+    "print_tensors",
+    "progress_bar",
+    "set_verbosity",
+]
 
 err = Console(stderr=True, highlight=False)
 # What is piped is read by grep and its kin: a row stays on its line.
 out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 1000)
+_verbosity: Literal["quiet", "normal", "verbose"] = "normal"
 
 
 def print_json(data: Any) -> None:
@@ -34,24 +48,36 @@ def print_tensors(weights: Mapping[str, Any]) -> None:
     out.print(table)
 
 
+def set_verbosity(level: Literal["quiet", "normal", "verbose"]) -> None:
+    """How much goes to stderr from now on: quiet leaves out progress and notes, verbose adds lines to a bar."""
+    global _verbosity
+    _verbosity = level
+
+
+def note(message: str) -> None:
+    """Say something on stderr that is good to know, unless all is to be quiet."""
+    if _verbosity != "quiet":
+        err.print(message, soft_wrap=True, markup=False, style="dim")
+
+
 @contextmanager
-def progress_bar(unit: str) -> Iterator[Any]:
-    """A bar on stderr with rate and time left; yields ``update(what, done, total)``."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(show_speed=True),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
-        task = progress.add_task("starting", total=None, rate="")
+def progress_bar(unit: str) -> Iterator[Update]:
+    """Progress on stderr, with rate and time left: a bar on a terminal, else lines; see ``progress``.
 
-        def update(what: str, done: int, total: int) -> None:
-            speed = progress.tasks[0].speed
-            rate = f"{speed:,.0f} {unit}/s" if speed else ""
-            progress.update(task, description=what[-48:] or "measuring", completed=done, total=total, rate=rate)
+    Args:
+        unit: of phases whose unit is not known by their name.
 
+    Yields:
+        ``update(what, done, total)``.
+    """
+    terminal = err.is_terminal and not err.is_dumb_terminal and err.file.isatty()
+    if os.environ.get(FORMAT) == "json":
+        shown: AbstractContextManager[Update] = json_lines(err)
+    elif _verbosity == "quiet":
+        shown = nullcontext(lambda what, done, total: None)
+    else:
+        shown = (bar if terminal else lines)(err, unit, verbose=_verbosity == "verbose")
+    with shown as update:
         yield update
 
 

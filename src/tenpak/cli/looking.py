@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from tenpak.cli.application import app
-from tenpak.cli.console import err, explain_dense, out, print_json, print_result, print_tensors
+from tenpak.cli.console import err, explain_dense, out, print_json, print_result, print_tensors, progress_bar
 from tenpak.cli.options import Artifact, Json
 
 __all__ = ["doctor", "inspect", "recipes", "verify"]
@@ -48,7 +48,8 @@ def verify(artifact: Artifact, as_json: Json = False) -> None:
     """Check every byte of an artifact against the hashes in its manifest; exit code 1 if any differs."""
     from tenpak.artifact.verify import verify as run
 
-    result = run(artifact)
+    with progress_bar("bytes") as update:
+        result = run(artifact, progress=update)
     if as_json:
         out.print_json(json.dumps({"ok": result.ok, "tensors": result.tensors, "problems": list(result.problems)}))
     elif result.ok:

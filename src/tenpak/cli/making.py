@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from tenpak.cli.application import app, quiet
-from tenpak.cli.console import err, explain_dense, print_result, progress_bar
+from tenpak.cli.console import err, explain_dense, note, print_result, progress_bar
 from tenpak.cli.options import (
     Bpw,
     CandidateList,
@@ -124,11 +124,11 @@ def show_report(report: dict[str, Any], as_json: bool, *, unmeasured: bool, stri
 
     print_result(report, as_json, report_rows(report), report["artifact"])
     if report["reused"]:
-        err.print(f"[dim]went on from an earlier run: {report['reused']} finished tensors were not encoded again[/dim]")
+        note(f"went on from an earlier run: {report['reused']} finished tensors were not encoded again")
     if not as_json:
         explain_dense(report["dense"])
     if unmeasured:
-        err.print("[dim]quality not measured; give --evaluation TEXT, or run `tenpak evaluate`[/dim]")
+        note("quality not measured; give --evaluation TEXT, or run `tenpak evaluate`")
     promise = (report["search"] or {}).get("promise", {"kept": True})
     if not promise["kept"]:
         err.print(f"warning: the budget is missed: {promise['reached']:g} where {promise['limit']:g} was asked for")
@@ -179,7 +179,7 @@ def calibrate(
             overwrite=overwrite,
             revision=revision,
             trust_remote_code=trust_remote_code,
-            progress=lambda done, total: update("calibrating", done, total),
+            progress=update,
         )
     content = {**statistics_json(found), "seconds": time.perf_counter() - started}
     print_result(content, as_json, statistics_rows(content), str(out_folder))

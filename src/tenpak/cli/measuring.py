@@ -11,6 +11,7 @@ import typer
 from tenpak.cli.application import app, quiet
 from tenpak.cli.console import err, out, print_json, print_result, print_table, progress_bar
 from tenpak.cli.options import Artifact, Device, Dtype, Json, Remote
+from tenpak.cli.progress import Update
 
 __all__ = ["diagnose", "evaluate", "generate"]
 
@@ -43,22 +44,27 @@ def evaluate(
             dtype=dtype,
             device=device,
             trust_remote_code=trust_remote_code,
-            progress=lambda done, total: update("evaluating", done, total),
+            progress=update,
         ).to_json()
-    if memory:
-        result["memory"] = _memory(artifact, against, dtype)
+        if memory:
+            result["memory"] = _memory(artifact, against, dtype, update)
     print_result(result, as_json, quality_rows(result), str(artifact))
 
 
-def _memory(artifact: Path, against: str, dtype: str) -> dict[str, Any]:
+def _memory(artifact: Path, against: str, dtype: str, update: Update) -> dict[str, Any]:
     from tenpak.evaluation.memory import measure_memory
 
-    found = {
-        "original": measure_memory(against, runtime="original", dtype=dtype),
-        "runtime memory": measure_memory(artifact, runtime="memory", dtype=dtype),
-        "runtime speed": measure_memory(artifact, runtime="speed", dtype=dtype),
+    runs: dict[str, tuple[str | Path, str]] = {
+        "original": (against, "original"),
+        "runtime memory": (artifact, "memory"),
+        "runtime speed": (artifact, "speed"),
     }
-    return {name: memory.to_json() for name, memory in found.items()}
+    found = {}
+    for number, (name, (folder, runtime)) in enumerate(runs.items()):
+        update("measuring memory", number, len(runs))
+        found[name] = measure_memory(folder, runtime=runtime, dtype=dtype).to_json()
+    update("measuring memory", len(runs), len(runs))
+    return found
 
 
 @app.command()
@@ -144,16 +150,18 @@ def generate(
     from tenpak.evaluation.generation import generate as run
 
     quiet()
-    continuation = run(
-        model,
-        prompt,
-        tokens=tokens,
-        temperature=temperature,
-        seed=seed,
-        dtype=dtype,
-        device=device,
-        trust_remote_code=trust_remote_code,
-    )
+    with progress_bar("tokens") as update:
+        continuation = run(
+            model,
+            prompt,
+            tokens=tokens,
+            temperature=temperature,
+            seed=seed,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            progress=update,
+        )
     if as_json:
         out.print_json(json.dumps({"prompt": prompt, "continuation": continuation}))
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def evaluate(
     device: str = "cpu",
     runtime: Runtime = "speed",
     trust_remote_code: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Evaluation:
     """Measure an artifact against the original model.
 
@@ -91,7 +92,7 @@ def evaluate(
         device: where both models run.
         runtime: see ``load``.
         trust_remote_code: let transformers run model code from the original.
-        progress: called with tokens scored and tokens in all.
+        progress: called with what is done, and tokens done of it and in all.
 
     Raises:
         ArtifactError, CheckpointError, CalibrationError: artifact, original or text cannot be read.
@@ -103,9 +104,10 @@ def evaluate(
     compressed = load(artifact, runtime=runtime, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
 
-    chosen = evaluation_text(text, checkpoint.folder, original, tokenizer)
+    chosen = evaluation_text(text, checkpoint.folder, original, tokenizer, progress)
     tokens = tokenize(tokenizer, chosen.content, vocab_size=original.config.get_text_config().vocab_size)
-    found = fidelity(original, compressed, tokens, window=window, stride=stride, progress=progress)
+    told = None if progress is None else partial(progress, "evaluating")
+    found = fidelity(original, compressed, tokens, window=window, stride=stride, progress=told)
     return Evaluation(
         bytes=sizes.bytes,
         checkpoint_bytes=checkpoint.bytes,
@@ -116,7 +118,9 @@ def evaluate(
     )
 
 
-def evaluation_text(given: str | Path | None, folder: Path, original: Any, tokenizer: Any) -> Text:
+def evaluation_text(
+    given: str | Path | None, folder: Path, original: Any, tokenizer: Any, progress: Progress | None = None
+) -> Text:
     """The text that a model is measured on: see ``evaluate``.
 
     Args:
@@ -124,13 +128,15 @@ def evaluation_text(given: str | Path | None, folder: Path, original: Any, token
         folder: of the original, which may hold a text.
         original: the model, which writes a text where there is none.
         tokenizer: of the model.
+        progress: called while a text is sampled.
 
     Raises:
         CalibrationError: it cannot be read or sampled.
     """
 
     def sample() -> Text:
-        content = sample_text(original, tokenizer, tokens=_SAMPLED_TOKENS, seed=_SAMPLED_SEED)
+        told = None if progress is None else partial(progress, "sampling")
+        content = sample_text(original, tokenizer, tokens=_SAMPLED_TOKENS, seed=_SAMPLED_SEED, progress=told)
         return Text(f"sampled from the original, seed {_SAMPLED_SEED}", content)
 
     return choose_text(given, folder / DEFAULT_TEXT, sample)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,6 +26,7 @@ def generate(
     dtype: str | torch.dtype = "auto",
     device: str = "cpu",
     trust_remote_code: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> str:
     """The continuation of ``prompt``, without it.
 
@@ -36,6 +39,7 @@ def generate(
         dtype: see ``load``.
         device: where the model runs.
         trust_remote_code: let transformers run the model's own code.
+        progress: called with what is done, tokens so far and ``tokens``.
 
     Raises:
         ArtifactError, CheckpointError: the model cannot be read.
@@ -54,5 +58,25 @@ def generate(
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     with torch.inference_mode():
-        out = loaded.generate(**inputs, max_new_tokens=tokens, pad_token_id=tokenizer.eos_token_id, **sampling)
+        out = loaded.generate(
+            **inputs,
+            max_new_tokens=tokens,
+            pad_token_id=tokenizer.eos_token_id,
+            streamer=None if progress is None else _Counter(progress, tokens),
+            **sampling,
+        )
     return str(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+class _Counter:
+    """Counts tokens as transformers hands them out: first those of the prompt, then one at a time."""
+
+    def __init__(self, progress: Callable[[str, int, int], None], total: int) -> None:
+        self.progress, self.total, self.done = progress, total, -1
+
+    def put(self, value: Any) -> None:
+        self.done += 1
+        self.progress("generating", self.done, self.total)
+
+    def end(self) -> None:
+        self.progress("generating", self.done, self.done)  # a model may end before its time

@@ -84,6 +84,7 @@ def profile(
         propagation="none",
         seed=seed,
         trust_remote_code=trust_remote_code,
+        progress=progress,
     )
     if measure and task.reading is None:
         raise CalibrationError("measuring needs a text to measure on", hint="give --calibration TEXT as well")

@@ -81,7 +81,7 @@ def profiled(
         options[weight.name] = found
         done += weight.numel
         if progress is not None:
-            progress(weight.name, done, total)
+            progress(f"profiling {weight.name}", done, total)
     text = task.to_json() or {}
     return Profile(
         source=ProfileSource(

@@ -1,6 +1,6 @@
 """The application that verbs register with, and what surrounds every run of it: signals, warnings, errors, exit codes.
 
-Exit codes: 0 done; 1 a TenpakError, told in one line with a hint; 2 wrong usage; 130 interrupted, 143 terminated.
+The exit codes are those of ``tenpak --help``; 1 stands for every TenpakError and OSError.
 """
 
 from __future__ import annotations
@@ -18,12 +18,21 @@ from tenpak.errors import ArtifactError, CheckpointError, TenpakError
 
 __all__ = ["app", "main", "options", "quiet"]
 
+# \b keeps the lines as they are.
+_EXIT_CODES = """\b
+Exit codes:
+  0    done
+  1    an error, told on stderr in one line with a hint; or verify or doctor found something
+  2    wrong usage
+  130  interrupted (Ctrl-C); 143 terminated. Nothing half-written is left; the same command goes on"""
+
 app = typer.Typer(
     name="tenpak",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    epilog=_EXIT_CODES,
 )
 
 

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from tenpak.cli.completion import complete_override, complete_policy, complete_recipe
+
 __all__ = [
     "Artifact", "Bpw", "CandidateList", "Device", "Dtype", "Evaluation", "Json", "MaxBytes", "MaxKl", "MaxPpl",
     "MinDim", "Model", "Out", "Overrides", "PolicyName", "Propagation", "Rank", "Recipe", "Remote", "Revision",
@@ -41,7 +43,12 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, …", callback=lambda name
 Out = Annotated[Path | None, typer.Option("-o", "--out", help="folder to write")]
 Recipe = Annotated[
     str | None,
-    typer.Option("--recipe", "-r", help="codec of the matrices, default int4:g32; see `tenpak recipes`"),
+    typer.Option(
+        "--recipe",
+        "-r",
+        help="codec of the matrices, default int4:g32; see `tenpak recipes`",
+        autocompletion=complete_recipe,
+    ),
 ]
 PolicyName = Annotated[
     str | None,
@@ -50,6 +57,7 @@ PolicyName = Annotated[
         metavar="NAME",
         help="codecs by part and position: k-proj, q-v, qkv, out-proj, attention or mlp (each also NAME-whitened), "
         "mixed, buckets, buckets-fisher",
+        autocompletion=complete_policy,
     ),
 ]
 Rank = Annotated[int | None, typer.Option(help="of a policy's low rank, default 128; twice that in boundary blocks")]
@@ -69,7 +77,13 @@ CandidateList = Annotated[
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="exit code 1 if the written artifact misses its budget")]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="PATTERN=RECIPE", help="another codec for matching tensors")
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="PATTERN=RECIPE",
+        help="another codec for matching tensors",
+        autocompletion=complete_override,
+    ),
 ]
 StatisticsOf = Annotated[Path | None, typer.Option(help="folder that `tenpak calibrate` wrote for this model")]
 Propagation = Annotated[

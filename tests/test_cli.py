@@ -188,10 +188,36 @@ def test_generate(work: Path) -> None:
 
 def test_recipes() -> None:
     machine = json.loads(invoke("recipes", "--json")[0])
-    assert set(machine) == set(PRESETS)
-    assert all(parse(entry["recipe"]) is not None for entry in machine.values())
+    assert set(machine) == {"presets", "model", "recommended"}
+    assert set(machine["presets"]) == set(PRESETS)
+    assert machine["model"] is machine["recommended"] is None
+    for entry in machine["presets"].values():
+        bits = parse(entry["recipe"]).estimate_bits((4096, 4096))
+        assert entry["bits"] == (None if bits is None else bits / 4096**2)
     people, _ = invoke("recipes")
-    assert all(name in people for name in PRESETS)
+    rows = {line.split()[0]: line for line in people.splitlines() if line.split()[:1] and line.split()[0] in PRESETS}
+    assert set(rows) == set(PRESETS)
+    assert rows["int4-g32"].split()[1] == "5.000"
+    assert rows["pixel-svd"].split()[1:3] == ["by", "coding"]
+    assert "gptq-" in people.partition("written by hand")[2]  # the grammar
+
+
+def test_recipes_for_a_model(work: Path, tmp_path: Path) -> None:
+    machine = json.loads(invoke("recipes", "--for", work / "model", "--json")[0])
+    for name in ("int4-g32", "nf3", "pocketllm-v2"):
+        written, _ = invoke(
+            "compress", work / "model", "-o", tmp_path / name, "-r", name, "--evaluation", "none", "--json"
+        )
+        assert json.loads(written)["bytes"] == machine["presets"][name]["bytes"]
+        assert json.loads(written)["bpw"] == pytest.approx(machine["presets"][name]["bpw"])
+    assert not machine["presets"]["pixel-svd"]["exact"]
+    advice = machine["recommended"]
+    assert advice["command"] == f"tenpak compress {work / 'model'} -o OUT --target 10x"
+    assert advice["bytes"] == json.loads(invoke(*advice["command"].split()[1:], "--dry-run", "--json")[0])["bytes"]
+    assert [other["command"].split()[-1] for other in advice["fixed_rate"]] == ["gptq-int4", "int4-g32"]
+    people, _ = invoke("recipes", "--for", work / "model")
+    assert f"{machine['presets']['nf3']['bytes']:,}" in people
+    assert people.splitlines()[-1].startswith(f"Recommended: `{advice['command']}`")
 
 
 # Exit codes, streams, terminals ----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,15 +22,18 @@ from tenpak.calibration.activations import SPILL_BYTES
 from tenpak.checkpoint.header import DTYPE_BYTES
 from tenpak.checkpoint.source import tensor_sha256
 from tenpak.encoding import unit_statistics
-from tenpak.job import open_job
+from tenpak.job import open_job, replanned
 from tenpak.kernels.parallel import worker_count
 from tenpak.knobs import dialled_job
 from tenpak.policies import Policy, refuse_budget
+from tenpak.recipes import PRESETS
 from tenpak.recovery import DEFAULT_STEPS, memory
 
-__all__ = ["Prediction", "predict"]
+__all__ = ["Offer", "Prediction", "offers", "predict", "recommended"]
 
 _BLOCK = re.compile(r"^.*?\.\d+\.")
+_TARGET = "10x"  # what is recommended
+_FIXED_RATE = ("gptq-int4", "int4-g32")  # for engines that read grids only, with calibration and without
 _BATCH_BYTES = 256 << 20  # what a batch of windows takes on its way through a block
 
 
@@ -124,6 +128,64 @@ def predict(
         seconds=_trial(entries, total),
         dense={e.weight.name: e.reason for e in entries if e.codec is None},
     )
+
+
+@dataclass(frozen=True)
+class Offer(Sizes):
+    """What a preset would make of a model.
+
+    Attributes:
+        name: of the preset.
+        recipe: what it stands for.
+        bytes: size of the weight files; exact unless ``exact`` is False (a codec whose rate only coding can tell).
+        parameters: of the model, tied ones once.
+        checkpoint_bytes: size of the source's weight files.
+    """
+
+    name: str
+    recipe: str
+    bytes: int
+    exact: bool
+    parameters: int
+    checkpoint_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Sizes and ratios."""
+        return {name: getattr(self, name) for name in ("bytes", "exact", "bpw", "ratio_fp32", "ratio_checkpoint")}
+
+
+def offers(source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> tuple[Offer, ...]:
+    """What every preset would make of a model, from headers alone, in the order of ``PRESETS``.
+
+    Args:
+        source: model folder or hub id.
+        revision: of the hub repository.
+        trust_remote_code: let transformers run model code from the checkpoint.
+
+    Raises:
+        CheckpointError: the source cannot be read or is not a decoder-only language model.
+    """
+    job = open_job(source, None, (), revision=revision, trust_remote_code=trust_remote_code)
+    found = []
+    for name, preset in PRESETS.items():
+        plan = replanned(job, preset.recipe, ()).plan
+        entries = enumerate(plan.entries)
+        known = [_payload_bits(n, e) for n, e in entries if e.codec is not None and e.weight.tied_to is None]
+        size = predicted_bytes(stored_rows(plan, _payload_bits), MAX_SHARD_BYTES)
+        found.append(Offer(name, preset.recipe, size, None not in known, plan.parameters, job.checkpoint.bytes))
+    return tuple(found)
+
+
+def recommended(source: str | Path, found: Sequence[Offer]) -> dict[str, Any]:
+    """The command that suits most, and those for a fixed rate, each with the bytes of the weight files: JSON."""
+    model = shlex.quote(str(source))
+    fixed = [offer for name in _FIXED_RATE for offer in found if offer.name == name]
+    command = f"tenpak compress {model} -o OUT"
+    return {
+        "command": f"{command} --target {_TARGET}",
+        "bytes": Budget.parse(_TARGET).bytes(found[0].parameters),
+        "fixed_rate": [{"command": f"{command} --recipe {offer.name}", "bytes": offer.bytes} for offer in fixed],
+    }
 
 
 def _payload_bits(number: int, entry: PlanEntry) -> int | None:

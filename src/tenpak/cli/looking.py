@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from tenpak.cli.application import app
+from tenpak.cli.application import app, quiet
 from tenpak.cli.console import err, explain_dense, out, print_json, print_result, print_tensors, progress_bar
-from tenpak.cli.options import Artifact, Json
+from tenpak.cli.options import Artifact, Json, Remote, Revision
+from tenpak.recipes import PRESETS
 
 __all__ = ["doctor", "inspect", "recipes", "verify"]
+
+_SHAPE = (4096, 4096)
 
 
 @app.command()
@@ -62,22 +67,66 @@ def verify(artifact: Artifact, as_json: Json = False) -> None:
 
 
 @app.command()
-def recipes(as_json: Json = False) -> None:
-    """List the presets and how recipes are written."""
-    from tenpak.recipes import GRAMMAR, PRESETS
+def recipes(
+    model: Annotated[str | None, typer.Option("--for", metavar="MODEL", help="also what each would make of it")] = None,
+    revision: Revision = None,
+    trust_remote_code: Remote = False,
+    as_json: Json = False,
+) -> None:
+    """List the presets and how recipes are written; with --for, predict sizes of MODEL and recommend one."""
+    from tenpak.recipes import GRAMMAR
 
+    presets: dict[str, dict[str, Any]] = {name: {"bits": bits} for name, bits in _rates().items()}
+    advice = None
+    if model is not None:
+        from tenpak.prediction import offers, recommended
+
+        quiet()
+        found = offers(model, revision=revision, trust_remote_code=trust_remote_code)
+        presets = {offer.name: {**presets[offer.name], **offer.to_json()} for offer in found}
+        advice = recommended(model, found)
     if as_json:
-        listed = {
-            name: {"recipe": preset.recipe, "description": preset.description} for name, preset in PRESETS.items()
-        }
-        print_json(listed)
+        described = {name: {"recipe": p.recipe, "description": p.description} for name, p in PRESETS.items()}
+        listed = {name: {**described[name], **preset} for name, preset in presets.items()}
+        print_json({"presets": listed, "model": model, "recommended": advice})
         return
-    table = Table("preset", "recipe", "", box=None, header_style="dim")
+    _print_presets(presets)
+    if advice is None:
+        out.print("\nA recipe is also written by hand:\n")
+        out.print(GRAMMAR, soft_wrap=True, markup=False, highlight=False)
+        return
+    fixed = " or ".join(f"`{other['command']}` ({other['bytes']:,} bytes)" for other in advice["fixed_rate"])
+    best = f"`{advice['command']}` ({advice['bytes']:,} bytes at most)"
+    out.print(f"\nRecommended: {best}; where an engine needs a fixed rate, {fixed}.", soft_wrap=True)
+
+
+def _rates() -> dict[str, float | None]:
+    """Preset → bits per weight of a matrix of 4096 x 4096; None where only coding can tell."""
+    from tenpak.recipes import parse
+
+    found: dict[str, float | None] = {}
     for name, preset in PRESETS.items():
-        table.add_row(name, preset.recipe, preset.description)
+        codec = parse(preset.recipe)
+        assert codec is not None  # no preset is dense
+        bits = codec.estimate_bits(_SHAPE)
+        found[name] = None if bits is None else bits / math.prod(_SHAPE)
+    return found
+
+
+def _print_presets(presets: dict[str, dict[str, Any]]) -> None:
+    sized = "bytes" in next(iter(presets.values()))
+    columns = ["preset", "bits per weight", *(["weight files", "× vs FP32"] if sized else []), "recipe", ""]
+    table = Table(*columns, box=None, header_style="dim")
+    for name, row in presets.items():
+        rate = "by coding" if row["bits"] is None else f"{row['bits']:.3f}"
+        sizes = []
+        if sized:
+            sizes = [f"{row['bytes']:,}", f"{row['ratio_fp32']:.2f}"] if row["exact"] else ["by coding", ""]
+        table.add_row(name, rate, *sizes, PRESETS[name].recipe, PRESETS[name].description)
     out.print(table)
-    out.print("\nA recipe is also written by hand:\n")
-    out.print(GRAMMAR, soft_wrap=True, markup=False, highlight=False)
+    out.print(
+        f"\nBits per weight are those of a matrix of {_SHAPE[0]} × {_SHAPE[1]}; the flagship codec is set by a budget."
+    )
 
 
 @app.command()

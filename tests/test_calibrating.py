@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,12 @@ from families import make_tiny_talker
 
 import tenpak
 from tenpak.artifact.schema import MANIFEST_NAME, load_manifest
+from tenpak.calibration.choice import first_tokens
+from tenpak.calibration.overlap import overlap
+from tenpak.calibration.text import tokenize
 from tenpak.errors import CalibrationError
+from tenpak.evaluation.evaluate import load_tokenizer
+from tenpak.report.report import measured
 
 TEXT = "the moon and the sun went over the sea and the star sat on the moon. " * 60
 OTHER = "a star sat over the sun and the sea went on. " * 20
@@ -82,6 +88,36 @@ def test_the_evaluation_text_is_never_the_calibration_text(talker: Path, text: P
     assert not (tmp_path / "out").exists()
     # A recipe that reads no calibration text may be measured on any.
     tenpak.compress(talker, tmp_path / "out", recipe="int4:g32", calibration=text, evaluation=text)
+
+
+def test_an_evaluation_text_that_was_calibrated_on_in_part_is_refused_unless_allowed(
+    talker: Path, text: Path, tmp_path: Path
+) -> None:
+    mixed = tmp_path / "mixed.txt"
+    other = "".join(f"{number} mice saw {number * number} stars over the hill of {number}. " for number in range(100))
+    mixed.write_text(other + TEXT[:2000])
+    share = overlap(mixed.read_text(), TEXT)
+    assert 0.2 < share < 0.6
+    options = {"recipe": "gptq-int4:g32", "calibration": text, "evaluation": mixed}
+    with pytest.raises(CalibrationError, match=rf"{share:.1%} of the evaluation text \(mixed.txt\) occurs in") as error:
+        tenpak.compress(talker, tmp_path / "out", **options)
+    assert "--allow-overlap" in str(error.value.hint)
+    assert not (tmp_path / "out").exists()
+    report = tenpak.compress(talker, tmp_path / "out", **options, allow_overlap=True)
+    assert report.overlap == share
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["overlap"] == share
+    assert measured(tmp_path / "out").overlap == share
+    with pytest.raises(CalibrationError, match="are the same"):  # that is never allowed
+        tenpak.compress(talker, tmp_path / "never", **{**options, "evaluation": text}, allow_overlap=True)
+
+
+def test_little_overlap_is_recorded_and_that_with_a_sampled_text_is_not(
+    talker: Path, text: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "other.txt").write_text(OTHER)
+    options = {"recipe": "gptq-int4:g32", "calibration_tokens": 200, "evaluation": tmp_path / "other.txt"}
+    assert tenpak.compress(talker, tmp_path / "out", calibration=text, **options).overlap == 0
+    assert tenpak.compress(talker, tmp_path / "sampled", **options).overlap is None
 
 
 def test_embeddings_are_rounded_with_both_of_their_uses(talker: Path, text: Path, tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ ROOT = Path(tenpak.__file__).parent
 FILES = sorted(path for path in ROOT.rglob("*.py") if "__pycache__" not in path.parts)
 
 # A module may import its own layer and those to its right. What the design calls compress is
-# `pipeline`, `publishing`, `prediction`, `knobs`, `profiling`, `dial`, `recovery`, `task`, `sequential`, `encoding`,
-# `work` and `job`.
+# `pipeline`, `measuring`, `publishing`, `prediction`, `knobs`, `profiling`, `dial`, `recovery`, `task`, `sequential`,
+# `encoding`, `work` and `job`.
 LAYERS = (
-    "cli", "doctor", "pixel", "pipeline", "publishing", "prediction", "knobs", "profiling", "dial", "recovery",
+    "cli", "doctor", "pixel", "pipeline", "measuring", "publishing", "prediction", "knobs", "profiling", "dial",
+    "recovery",
     "task", "sequential", "encoding", "work", "calibrating", "job", "policies", "plans", "report", "tuning",
     "allocation", "evaluation", "nn", "calibration", "artifact", "checkpoint", "recipes", "codecs", "kernels",
     "errors",

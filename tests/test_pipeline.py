@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import tenpak
-import tenpak.pipeline as pipeline
+import tenpak.measuring as measuring
 from tenpak.artifact.reader import open_artifact
 from tenpak.artifact.schema import MANIFEST_NAME, load_manifest
 from tenpak.checkpoint.source import open_checkpoint
@@ -62,7 +62,7 @@ def measured(talker: Path, commands, tmp_path_factory: pytest.TempPathFactory) -
         return run(command, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline.subprocess, "Popen", spy)
+        patch.setattr(measuring.subprocess, "Popen", spy)
         report = tenpak.compress(talker, folder / "artifact", evaluation=folder / "text.txt", seed=7)
     return report, folder / "artifact"
 
@@ -179,7 +179,7 @@ sys.exit(3)
 """
     seen: list[tuple[str, int, int]] = []
     with TemporaryFile() as printed:
-        code, lines = pipeline._followed([sys.executable, "-c", script], printed, lambda *step: seen.append(step))
+        code, lines = measuring.followed([sys.executable, "-c", script], printed, lambda *step: seen.append(step))
         printed.seek(0)
         assert printed.read() == b"result\n"
     assert code == 3
@@ -195,7 +195,7 @@ def test_whoever_stops_listening_stops_the_other_process() -> None:
         raise KeyboardInterrupt
 
     with TemporaryFile() as printed, pytest.raises(KeyboardInterrupt):
-        pipeline._followed([sys.executable, "-c", script], printed, stop)
+        measuring.followed([sys.executable, "-c", script], printed, stop)
     assert time.monotonic() - started < 30
 
 

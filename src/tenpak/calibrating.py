@@ -112,7 +112,7 @@ def read_text(
             seed=_SAMPLED_SEED,
             progress=None if progress is None else partial(progress, "sampling"),
         )
-        return Text(f"sampled from the model, seed {_SAMPLED_SEED}", content)
+        return Text(f"sampled from the model, seed {_SAMPLED_SEED}", content, sampled=True)
 
     chosen = choose_text(text, folder / DEFAULT_TEXT, sample)
     ids = first_tokens(tokenizer, chosen.content, tokens, job.config.get_text_config().vocab_size)

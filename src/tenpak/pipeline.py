@@ -7,10 +7,6 @@ files that were written.
 from __future__ import annotations
 
 import glob
-import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,8 +14,7 @@ from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import Any, BinaryIO
+from typing import Any
 
 from tenpak.allocation.budget import Budget
 from tenpak.artifact.leftovers import remove_unused
@@ -29,12 +24,12 @@ from tenpak.artifact.writer import (
     check_output,
 )
 from tenpak.calibrating import DEFAULT_TOKENS
-from tenpak.calibration.choice import Text
 from tenpak.checkpoint.source import fingerprint, tensor_sha256
 from tenpak.dial import Found, Knob, Measure, Search, dial, promise, report_of
-from tenpak.errors import ArtifactError, BudgetError, CalibrationError, CodecError, EvaluationError
+from tenpak.errors import ArtifactError, BudgetError, CalibrationError, CodecError
 from tenpak.job import Job, open_job
 from tenpak.knobs import Room, Step
+from tenpak.measuring import check_text, evaluate_apart, require_other_text
 from tenpak.policies import Policy, refuse_budget
 from tenpak.profiling import Candidates
 from tenpak.publishing import publish, record, versions
@@ -64,6 +59,7 @@ def compress(
     tuning: int | None = None,
     work: str | Path | None = None,
     evaluation: str | Path | None = None,
+    allow_overlap: bool = False,
     seed: int = 0,
     overwrite: bool = False,
     revision: str | None = None,
@@ -103,6 +99,8 @@ def compress(
         work: folder for finished tensors, from which a run that was stopped goes on; beside ``out`` by default, and
             removed when the artifact is complete.
         evaluation: text (file, folder or dataset id) to measure on; None leaves the artifact unmeasured.
+        allow_overlap: measure on it even though more than a per cent of it occurs in the calibration text; how much is
+            recorded in any case.
         seed: recorded, and used by codecs that draw random numbers.
         overwrite: replace an artifact at ``out``.
         revision: of the hub repository.
@@ -117,7 +115,7 @@ def compress(
         RecipeError: the recipe, an override or the policy cannot be used.
         AllocationError: the budget cannot be understood or met; the message states what can be.
         CheckpointError: the source cannot be read or is not a decoder-only language model.
-        CalibrationError: a text cannot be used, or is given for both purposes; nothing is written.
+        CalibrationError: a text cannot be used, or that to measure on is calibrated on; nothing is written.
         CodecError: a weight cannot be encoded; names it.
         OutputExistsError, ArtifactError: the output cannot be written, or ``work`` belongs to another run.
         EvaluationError: the text or the tokenizer is of no use, or the artifact is written but measuring it failed.
@@ -136,7 +134,7 @@ def compress(
         trust_remote_code=trust_remote_code,
     )
     job, knob = _turnable(job, spent, choice, calibrated=calibration != "none")
-    _check_text(job, evaluation, trust_remote_code)
+    check_text(job, evaluation, trust_remote_code)
     task = prepare(
         job,
         calibration,
@@ -148,16 +146,14 @@ def compress(
         trust_remote_code=trust_remote_code,
         progress=progress,
     )
-    _require_other_text(task, evaluation)
+    shared = require_other_text(task, evaluation, allowed=allow_overlap)
     steps = chosen_steps(task, tuning, by_default=spent is not None)
-    run = _run(task, "by budget" if spent else job.recipe, choice)
     with ExitStack() as stack:
-        root = _opened(Work(_work_folder(work, out, run), run), stack)
+        root = _opened(out, work, _run(task, "by budget" if spent else job.recipe, choice), stack)
         measure = partial(_measured_pass, root.folder / "passes" / "artifact", evaluation, spent, progress)
         found, units = _encoded(Search(task, root, measure, steps, max_shard_bytes, progress), knob, spent, stack)
         publish(found.task, units, ArtifactWriter(out, overwrite=overwrite, max_shard_bytes=max_shard_bytes), progress)
-        root.remove()
-    return _recorded(out, found, spent, len(units.reused), started, evaluation, progress)
+    return _recorded(out, found, spent, len(units.reused), started, evaluation, shared, progress)
 
 
 def _recorded(
@@ -167,6 +163,7 @@ def _recorded(
     reused: int,
     started: float,
     evaluation: str | Path | None,
+    shared: float | None,
     progress: Progress | None,
 ) -> Report:
     """The report of what was written, with its quality where there is a text; recorded in the artifact."""
@@ -177,7 +174,7 @@ def _recorded(
         report = report.with_search(report_of(found, spent))
     record(out, report, source)  # measuring may fail or be interrupted
     if evaluation is not None:
-        report = report.with_quality(_evaluate(out, found.task, evaluation, progress))
+        report = report.with_quality({**evaluate_apart(out, found.task, evaluation, progress), "overlap": shared})
     if spent is not None:
         report = report.with_search(report_of(found, spent) | {"promise": promise(report, spent)})
     return record(out, report, source)
@@ -258,7 +255,7 @@ def _measured_pass(
     assert evaluation is not None  # the budget was checked
     assert spent is not None  # nothing is measured without one
     publish(task, units, ArtifactWriter(folder, overwrite=True), progress)
-    found, name = _evaluate(folder, task, evaluation, progress), "kl" if spent.kind == "kl" else "ppl_increase"
+    found, name = evaluate_apart(folder, task, evaluation, progress), "kl" if spent.kind == "kl" else "ppl_increase"
     return Measure(found[name], found[f"{name}_se"], found["tokens"])
 
 
@@ -281,95 +278,20 @@ def _run(task: Task, recipe: str, candidates: Candidates | None) -> dict[str, An
     }
 
 
-def _opened(work: Work, stack: ExitStack) -> Work:
-    """A work folder in use as long as ``stack``."""
-    stack.enter_context(work)
-    stack.enter_context(_kept(work))
-    return work
+def _opened(out: Path, work: str | Path | None, run: dict[str, Any], stack: ExitStack) -> Work:
+    """The work folder of a run, in use as long as ``stack``."""
+    opened = stack.enter_context(Work(_work_folder(work, out, run), run))
+    stack.enter_context(_kept(opened))
+    return opened
 
 
 @contextmanager
 def _kept(work: Work) -> Iterator[None]:
-    """Keep the finished work of a run that is stopped; not that of one which could only fail again."""
+    """Keep the finished work of a run that is stopped; not that of one which is complete or could only fail again."""
     try:
         yield
     except BaseException as error:
         if work.empty or isinstance(error, CodecError):
             work.remove()
         raise
-
-
-def _require_other_text(task: Task, evaluation: str | Path | None) -> None:
-    """A quality measured on the text that was calibrated on would flatter."""
-    from tenpak.calibration.text import load_text
-
-    if evaluation is not None and task.texts and Text(str(evaluation), load_text(evaluation)).sha256 in task.texts:
-        raise CalibrationError(
-            f"calibration and evaluation text are the same ({Path(evaluation).name})",
-            hint="give another --evaluation text",
-        )
-
-
-def _check_text(job: Job, text: str | Path | None, trust_remote_code: bool) -> None:
-    """Find out before the work, not after it, that there is nothing to measure on."""
-    from tenpak.calibration.text import load_text, tokenize
-    from tenpak.evaluation.evaluate import load_tokenizer
-
-    if text is None:
-        return
-    tokenizer = load_tokenizer(job.checkpoint.folder, trust_remote_code=trust_remote_code)
-    if tokenize(tokenizer, load_text(text)).numel() < 2:
-        raise EvaluationError(f"the text at {str(text)!r} has a single token", hint="give a longer text")
-
-
-def _evaluate(out: Path, task: Task, text: str | Path, progress: Progress | None) -> dict[str, Any]:
-    """Measure the written artifact in a fresh process, whose progress is passed on."""
-    command = [sys.executable, "-m", "tenpak", "evaluate", str(out), "--against", str(task.job.checkpoint.folder)]
-    command += ["--text", str(text), "--json", *(["--trust-remote-code"] if task.trust_remote_code else [])]
-    with TemporaryFile() as printed:  # a pipe could fill up while the other one is read
-        code, lines = _followed(command, printed, progress)
-        if code != 0:
-            lines = lines or [f"exit code {code}"]
-            reason = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[-1])
-            raise EvaluationError(
-                f"{out} is written, but measuring it failed: {reason}", hint="repeat it with `tenpak evaluate`"
-            )
-        printed.seek(0)
-        result: dict[str, Any] = json.load(printed)
-    return result
-
-
-def _followed(command: list[str], printed: BinaryIO, progress: Progress | None) -> tuple[int, list[str]]:
-    """Run a command of tenpak, with its progress passed on; its exit code, and what else it says on stderr, by line.
-
-    Args:
-        command: the command.
-        printed: where its stdout goes.
-        progress: as that of ``compress``.
-    """
-    lines = []
-    environment = {**os.environ, "TENPAK_PROGRESS": "json"}
-    with subprocess.Popen(
-        command, stdout=printed, stderr=subprocess.PIPE, text=True, errors="replace", env=environment
-    ) as process:
-        assert process.stderr is not None  # it is a pipe
-        try:
-            for line in process.stderr:
-                step = _progress_in(line)
-                if step is None:
-                    lines.append(line.rstrip("\n"))
-                elif progress is not None:
-                    progress(*step)
-        except BaseException:  # Ctrl-C as well: it must not go on by itself
-            process.kill()
-            raise
-    return process.returncode, [line for line in lines if line.strip()]
-
-
-def _progress_in(line: str) -> tuple[str, int, int] | None:
-    """What a line says of the progress of another process; None where it says something else."""
-    try:
-        what, done, total = json.loads(line)["progress"]
-        return str(what), int(done), int(total)
-    except (ValueError, TypeError, KeyError):
-        return None
+    work.remove()

@@ -23,10 +23,11 @@ _CHARACTERS, _MARGIN = 6, 64
 
 @dataclass(frozen=True)
 class Text:
-    """A text and how to call it."""
+    """A text and how to call it; whether it was sampled from the model itself."""
 
     name: str
     content: str
+    sampled: bool = False
 
     @property
     def sha256(self) -> str:

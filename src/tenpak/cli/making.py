@@ -11,6 +11,7 @@ import typer
 from tenpak.cli.application import app, quiet
 from tenpak.cli.console import err, explain_dense, note, print_result, progress_bar
 from tenpak.cli.options import (
+    AllowOverlap,
     Bpw,
     CandidateList,
     Evaluation,
@@ -64,6 +65,7 @@ def compress(
     tune: Tune = None,
     work: WorkFolder = None,
     evaluation: Evaluation = None,
+    allow_overlap: AllowOverlap = False,
     strict: Strict = False,
     seed: Annotated[int, typer.Option(help="for codecs that draw random numbers")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the artifact at -o")] = False,
@@ -74,18 +76,14 @@ def compress(
 ) -> None:
     """Compress MODEL into an artifact and, given a text, measure what that cost."""
     from tenpak.allocation.budget import one_budget
-    from tenpak.errors import BudgetError
     from tenpak.pipeline import compress as run
     from tenpak.policies import policy_of
-    from tenpak.prediction import predict
-    from tenpak.report.rows import prediction_rows
 
     quiet()
-    budget = one_budget(target=target, bpw=bpw, bytes=max_bytes, kl=max_kl, ppl=max_ppl_increase)
     options: dict[str, Any] = {
         "recipe": recipe,
         "policy": policy_of(policy, rank, min_dim),
-        "budget": budget,
+        "budget": one_budget(target=target, bpw=bpw, bytes=max_bytes, kl=max_kl, ppl=max_ppl_increase),
         "candidates": tuple(candidates or ()),
         "overrides": tuple(overrides or ()),
         "calibration": calibration,
@@ -97,21 +95,29 @@ def compress(
         "trust_remote_code": trust_remote_code,
     }
     if dry_run:
-        if options.pop("candidates"):
-            raise BudgetError(
-                "a dry run reads no weights and cannot choose among candidates",
-                hint="`tenpak profile`, then `tenpak allocate`, say what each would take and cost",
-            )
-        prediction = predict(model, **options)
-        print_result(prediction.to_json(), as_json, prediction_rows(prediction.to_json()), "would write")
+        _show_prediction(model, options, as_json)
         return
     if out is None:
         raise typer.BadParameter("give -o OUT, the folder to write (or --dry-run)")
     text = text_to_measure_on(model, revision, evaluation)
-    options |= {"calibration_window": window, "work": work}
+    options |= {"calibration_window": window, "work": work, "allow_overlap": allow_overlap}
     with progress_bar("weights") as update:
         report = run(model, out, evaluation=text, seed=seed, overwrite=overwrite, progress=update, **options)
     show_report(report.to_json(), as_json, unmeasured=text is None and evaluation is None, strict=strict)
+
+
+def _show_prediction(model: str, options: dict[str, Any], as_json: bool) -> None:
+    from tenpak.errors import BudgetError
+    from tenpak.prediction import predict
+    from tenpak.report.rows import prediction_rows
+
+    if options.pop("candidates"):
+        raise BudgetError(
+            "a dry run reads no weights and cannot choose among candidates",
+            hint="`tenpak profile`, then `tenpak allocate`, say what each would take and cost",
+        )
+    prediction = predict(model, **options)
+    print_result(prediction.to_json(), as_json, prediction_rows(prediction.to_json()), "would write")
 
 
 def show_report(report: dict[str, Any], as_json: bool, *, unmeasured: bool, strict: bool = False) -> None:

@@ -10,9 +10,9 @@ import typer
 from tenpak.cli.completion import complete_override, complete_policy, complete_recipe
 
 __all__ = [
-    "Artifact", "Bpw", "CandidateList", "Device", "Dtype", "Evaluation", "Json", "MaxBytes", "MaxKl", "MaxPpl",
-    "MinDim", "Model", "Out", "Overrides", "PolicyName", "Propagation", "Rank", "Recipe", "Remote", "Revision",
-    "StatisticsOf", "Strict", "Target", "Text", "Tokens", "Tune", "Window", "WorkFolder",
+    "AllowOverlap", "Artifact", "Bpw", "CandidateList", "Device", "Dtype", "Evaluation", "Json", "MaxBytes", "MaxKl",
+    "MaxPpl", "MinDim", "Model", "Out", "Overrides", "PolicyName", "Propagation", "Rank", "Recipe", "Remote",
+    "Revision", "StatisticsOf", "Strict", "Target", "Text", "Tokens", "Tune", "Window", "WorkFolder",
 ]  # fmt: skip
 
 
@@ -96,3 +96,4 @@ Tune = Annotated[
 ]
 WorkFolder = Annotated[Path | None, typer.Option(help="folder for finished tensors; default: beside -o")]
 Evaluation = Annotated[str | None, typer.Option(help="text to measure on: file, folder, dataset id, or none")]
+AllowOverlap = Annotated[bool, typer.Option("--allow-overlap", help="measure on a text that was in part calibrated on")]

@@ -11,6 +11,7 @@ from tenpak.cli.application import app, quiet
 from tenpak.cli.console import print_json, print_result, print_table, progress_bar
 from tenpak.cli.making import show_report, text_to_measure_on
 from tenpak.cli.options import (
+    AllowOverlap,
     Bpw,
     CandidateList,
     Evaluation,
@@ -151,6 +152,7 @@ def encode(
     tune: Tune = None,
     work: WorkFolder = None,
     evaluation: Evaluation = None,
+    allow_overlap: AllowOverlap = False,
     strict: Strict = False,
     seed: Annotated[int, typer.Option(help="for codecs that draw random numbers")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the artifact at -o")] = False,
@@ -177,6 +179,7 @@ def encode(
             tuning=tune,
             work=work,
             evaluation=text,
+            allow_overlap=allow_overlap,
             seed=seed,
             overwrite=overwrite,
             revision=revision,

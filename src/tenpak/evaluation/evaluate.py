@@ -119,7 +119,11 @@ def evaluate(
 
 
 def evaluation_text(
-    given: str | Path | None, folder: Path, original: Any, tokenizer: Any, progress: Progress | None = None
+    given: str | Path | None,
+    folder: Path,
+    original: Any,
+    tokenizer: Any,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Text:
     """The text that a model is measured on: see ``evaluate``.
 
@@ -137,7 +141,7 @@ def evaluation_text(
     def sample() -> Text:
         told = None if progress is None else partial(progress, "sampling")
         content = sample_text(original, tokenizer, tokens=_SAMPLED_TOKENS, seed=_SAMPLED_SEED, progress=told)
-        return Text(f"sampled from the original, seed {_SAMPLED_SEED}", content)
+        return Text(f"sampled from the original, seed {_SAMPLED_SEED}", content, sampled=True)
 
     return choose_text(given, folder / DEFAULT_TEXT, sample)
 

@@ -39,7 +39,7 @@ class Report(Sizes):
         seconds: to encode and write.
         reused: tensors that an earlier run had finished.
         calibration: what the codecs were calibrated on, or None.
-        quality: what ``tenpak evaluate`` measured, or None.
+        quality: what ``tenpak evaluate`` measured, and ``overlap``; or None.
         search: budget and trials (step and cost of each, the last one taken), or None where a recipe was given.
     """
 
@@ -59,6 +59,11 @@ class Report(Sizes):
     reused: int = 0
     calibration: Mapping[str, Any] | None = None
     search: Mapping[str, Any] | None = None
+
+    @property
+    def overlap(self) -> float | None:
+        """The share of the evaluation text that occurs in the calibration text; None where it is not known."""
+        return None if self.quality is None else self.quality.get("overlap")
 
     def with_search(self, search: Mapping[str, Any] | None) -> Report:
         """The same report with the search that met a budget."""
@@ -88,6 +93,7 @@ class Report(Sizes):
             "reused": self.reused,
             "calibration": None if self.calibration is None else dict(self.calibration),
             "search": None if self.search is None else dict(self.search),
+            "overlap": self.overlap,
             "quality": None if self.quality is None else dict(self.quality),
         }
 

@@ -18,8 +18,7 @@ FILES = sorted(path for path in ROOT.rglob("*.py") if "__pycache__" not in path.
 # `encoding`, `work` and `job`.
 LAYERS = (
     "cli", "doctor", "pixel", "pipeline", "measuring", "publishing", "prediction", "knobs", "profiling", "dial",
-    "recovery",
-    "task", "sequential", "encoding", "work", "calibrating", "job", "policies", "plans", "report", "tuning",
+    "recovery", "task", "sequential", "encoding", "work", "calibrating", "job", "policies", "plans", "report", "tuning",
     "allocation", "evaluation", "nn", "calibration", "artifact", "checkpoint", "recipes", "codecs", "kernels",
     "errors",
 )  # fmt: skip

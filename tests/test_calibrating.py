@@ -11,11 +11,8 @@ from families import make_tiny_talker
 
 import tenpak
 from tenpak.artifact.schema import MANIFEST_NAME, load_manifest
-from tenpak.calibration.choice import first_tokens
 from tenpak.calibration.overlap import overlap
-from tenpak.calibration.text import tokenize
 from tenpak.errors import CalibrationError
-from tenpak.evaluation.evaluate import load_tokenizer
 from tenpak.report.report import measured
 
 TEXT = "the moon and the sun went over the sea and the star sat on the moon. " * 60

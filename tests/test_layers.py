@@ -50,10 +50,10 @@ def home(path: Path) -> str:
 
 
 def code_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Lines of a function without its docstring: what is public is to be explained at length."""
+    """Lines of a function's body without its docstring: a list of options is no code, nor what explains them."""
     first = node.body[0]
-    documented = ast.get_docstring(node) is not None
-    return (node.end_lineno or 0) - node.lineno + 1 - documented * ((first.end_lineno or 0) - first.lineno + 1)
+    start = (first.end_lineno or 0) + 1 if ast.get_docstring(node) is not None else first.lineno
+    return (node.end_lineno or 0) - start + 1
 
 
 def relative(path: Path) -> str:

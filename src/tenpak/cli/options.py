@@ -71,8 +71,8 @@ CandidateList = Annotated[
     list[str] | None,
     typer.Option(
         "--candidates",
-        metavar="[PATTERN=]RECIPE,RECIPE…",
-        help="what each tensor may get; `default` is a list of fixed-rate recipes from one bit to eight",
+        metavar="LIST",
+        help="what each tensor may get: RECIPE,RECIPE… or PATTERN=RECIPE,…; `default`: one bit to eight, fixed-rate",
     ),
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="exit code 1 if the written artifact misses its budget")]

@@ -90,7 +90,8 @@ def test_every_verb_with_json_has_a_section() -> None:
     # The others print the file that they write, or what another verb prints.
     assert sections <= verbs
     assert sections == {
-        "compress", "evaluate", "inspect", "verify", "calibrate", "generate", "recipes", "doctor",
+        "compress", "evaluate", "inspect", "verify", "calibrate", "profile", "allocate", "diagnose", "generate",
+        "recipes", "doctor",
     }  # fmt: skip
 
 
@@ -131,6 +132,20 @@ def test_evaluate_verify_generate(work: Path) -> None:
     compare("evaluate", printed("evaluate", work / "small", *arguments))
     compare("verify", printed("verify", work / "small"))
     compare("generate", printed("generate", work / "small", "--prompt", "the", "--tokens", "2"))
+
+
+def test_profile_and_allocate(work: Path) -> None:
+    candidates = ("--candidates", "int3:g16,int8:row", "--calibration", work / "calibration.txt")
+    compare("profile", printed("profile", work / "model", "-o", work / "profile.json", *candidates, "--measure", "2"))
+    compare("allocate", printed("allocate", work / "profile.json", "-o", work / "plan.json", "--bpw", "9"))
+
+
+def test_diagnose(work: Path) -> None:
+    printed("compress", work / "model", "-o", work / "rough", "--recipe", "int2:g16", "--evaluation", "none")
+    text = ("--text", work / "evaluation.txt", "--tokens", "256", "--window", "32", "--measure", "2")
+    found = printed("diagnose", work / "model", work / "rough", *text)
+    named = {**found, "culprit": {"layer": "model.layers.0", "why": "it may be none, too"}}
+    compare("diagnose", found, named)
 
 
 def test_calibrate_and_merge(work: Path) -> None:

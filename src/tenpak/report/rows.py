@@ -20,6 +20,9 @@ def report_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("smaller than FP32", f"{report['ratio_fp32']:.2f}×"),
         ("smaller than the checkpoint", f"{report['ratio_checkpoint']:.2f}×"),
     ]
+    if len(report["codecs"]) > 1:
+        shares = sorted(report["codecs"].items(), key=lambda item: -item[1])
+        rows.insert(1, ("codecs", ", ".join(f"{name} {size(count)}" for name, count in shares)))
     if report.get("search"):
         rows.insert(1, ("budget", _search(report["search"])))
     if report["calibration"] is not None:

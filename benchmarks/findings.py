@@ -13,8 +13,8 @@ Row = tuple[str, ...]
 PAIRS = {
     "TenPak-X": "… the same bytes, statistics and feedback",
     "TenPak-X v2": "… v2, the same bytes, statistics and feedback",
-    "INT3 g32": "… with feedback",
-    "2:4 + INT4": "… with feedback ",
+    "INT3 g32": "INT3 g32, with feedback",
+    "2:4 + INT4": "2:4 + INT4, with feedback",
 }
 
 

@@ -23,7 +23,7 @@ _DEFAULT = (
     "gptq-int4:g32", "gptq-int5:g32", "gptq-int6:g32", "gptq-int8:g64",
 )  # fmt: skip
 _LADDER = "trellis"
-_LADDER_LOSSES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # nats per token of the whole model, roughly
+_LADDER_LOSSES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # nats per token of the whole model, roughly
 
 
 @dataclass(frozen=True)

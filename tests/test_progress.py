@@ -52,8 +52,10 @@ def test_a_phase_has_its_own_rate_and_unit(clock: Clock) -> None:
     assert meter.rate == 2
     assert meter.finished
     assert meter.begins("model.layers.0.mlp.up_proj.weight", 20)  # all was done: this is another pass
-    meter.update("profiling", 1, 3)
-    assert meter.line().startswith("profiling: 1 of 3 things (33%)")
+    meter.update("counting", 1, 3)
+    assert meter.line().startswith("counting: 1 of 3 things (33%)")
+    meter.update("profiling model.norm.weight", 1, 3)
+    assert (meter.phase, meter.item) == ("profiling", "model.norm.weight")
 
 
 def test_a_rate_is_that_of_the_last_minute(clock: Clock) -> None:

@@ -22,7 +22,10 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "json.md"
 CALIBRATION = "the cat sat on the mat and looked at the moon, which was as round as a cheese.\n" * 40
 EVALUATION = "a moon of cheese was on the mat, and the cat looked at it as it sat.\n" * 20
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens for layers")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*calibration tokens for layers"),
+    pytest.mark.filterwarnings("ignore:.*figures are noisy"),
+]
 
 
 def documented() -> dict[str, set[str]]:
@@ -41,7 +44,7 @@ def paths(value: Any, known: set[str], at: str = "") -> Iterator[str]:
         free = f"{at}.*" in known or any(path.startswith(f"{at}.*.") for path in below)
         for name, child in value.items():
             yield from paths(child, known, f"{at}.*" if free else f"{at}.{name}".lstrip("."))
-    elif isinstance(value, list) and f"{at}[]" in {path.partition("[]")[0] + "[]" for path in below}:
+    elif isinstance(value, list) and any(path.startswith(f"{at}[]") for path in below):
         for child in value:
             yield from paths(child, known, f"{at}[]")
     elif not (value is None and below):  # an object that is not known

@@ -235,6 +235,29 @@ def test_failure_leaves_what_was_there(
         assert {name: (folder / name).read_bytes() for name in names(folder)} == old
 
 
+def test_an_interrupt_while_the_old_artifact_is_removed_leaves_the_new_one_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "artifact"
+    write_small(folder)
+    found = names(tmp_path)
+    remove, calls = module.shutil.rmtree, []
+
+    def interrupted(path: Path, **options: bool) -> None:
+        calls.append(path)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        remove(path, **options)
+
+    monkeypatch.setattr(module.shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt), ArtifactWriter(folder, overwrite=True) as writer:
+        add_tensors(writer)
+        writer.publish(blank_manifest(), {})
+    monkeypatch.undo()
+    assert names(tmp_path) == found
+    assert open_artifact(folder).manifest.weights
+
+
 def test_file_system_errors_become_artifact_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")

@@ -232,7 +232,11 @@ class ArtifactWriter:
             raise
         _sync_folder(self.out.parent)
         if retired:
-            shutil.rmtree(retired, ignore_errors=True)
+            try:
+                shutil.rmtree(retired, ignore_errors=True)
+            except BaseException:  # Ctrl-C: the new artifact is in place, and nobody else would remove the old one
+                shutil.rmtree(retired, ignore_errors=True)
+                raise
 
 
 def check_output(out: Path, *, overwrite: bool) -> None:

@@ -249,10 +249,14 @@ def test_an_interrupt_while_the_old_artifact_is_removed_leaves_the_new_one_alone
             raise KeyboardInterrupt
         remove(path, **options)
 
+    def replace() -> None:
+        with ArtifactWriter(folder, overwrite=True) as writer:
+            add_tensors(writer)
+            writer.publish(blank_manifest(), {})
+
     monkeypatch.setattr(module.shutil, "rmtree", interrupted)
-    with pytest.raises(KeyboardInterrupt), ArtifactWriter(folder, overwrite=True) as writer:
-        add_tensors(writer)
-        writer.publish(blank_manifest(), {})
+    with pytest.raises(KeyboardInterrupt):
+        replace()
     monkeypatch.undo()
     assert names(tmp_path) == found
     assert open_artifact(folder).manifest.weights

@@ -11,6 +11,7 @@ from tenpak.allocation.budget import Budget, Trial
 from tenpak.allocation.budget import search as find
 from tenpak.allocation.profile import Profile
 from tenpak.allocation.saved_plan import SavedPlan
+from tenpak.artifact.writer import MAX_SHARD_BYTES
 from tenpak.checkpoint.header import DTYPE_BYTES
 from tenpak.codecs.trellis import Trellis
 from tenpak.dial import SLACK, Knob, Search, infeasible, written_bytes
@@ -110,7 +111,7 @@ class Step(Knob):
         return trials[-1].value
 
 
-@dataclass(frozen=True)
+@dataclass
 class Room(Knob):
     """The bytes that an allocation among candidates may fill; the profile that it is made from is taken at the start.
 
@@ -121,7 +122,8 @@ class Room(Knob):
 
     original: Job
     candidates: Candidates
-    _profile: list[Profile] = field(default_factory=list, compare=False)
+    _profile: Profile | None = field(default=None, init=False)
+    _shard_bytes: int = field(default=MAX_SHARD_BYTES, init=False)
 
     def job(self, job: Job) -> Job:
         return observed(job)
@@ -133,8 +135,9 @@ class Room(Knob):
 
     def start(self, search: Search, budget: Budget) -> tuple[float, float]:
         fixed = fixed_by(self.original)
-        self._profile[:] = [profiled(search.task, self.candidates, fixed, search.root, search.progress)]
-        plan = allocate(self._profile[0], budget, max_shard_bytes=search.max_shard_bytes)
+        self._profile = profiled(search.task, self.candidates, fixed, search.root, search.progress)
+        self._shard_bytes = search.max_shard_bytes
+        plan = allocate(self._profile, budget, max_shard_bytes=self._shard_bytes)
         assert plan.bytes is not None  # it was made just now
         parameters = search.task.job.plan.parameters
         return float(budget.bytes(parameters) if budget.is_size else plan.bytes), 0.0
@@ -157,8 +160,10 @@ class Room(Knob):
 
     def _plan(self, value: float) -> SavedPlan:
         """The plan that fills a room; the smallest where even that does not fit in."""
-        profile = self._profile[0]
-        return allocate(profile, Budget("bytes", max(value, smallest(profile))))
+        profile, shard = self._profile, self._shard_bytes
+        assert profile is not None  # a search starts before it turns
+        least = smallest(profile, max_shard_bytes=shard)
+        return allocate(profile, Budget("bytes", max(value, least)), max_shard_bytes=shard)
 
 
 def dialled_job(job: Job, step: float, *, calibrated: bool) -> Job:

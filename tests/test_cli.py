@@ -98,8 +98,8 @@ def test_compress_writes_and_reports(measured) -> None:
     report = json.loads((folder / "report.json").read_text())
     for fact in (f"{report['bytes']:,}", f"{report['bpw']:.3f}", f"{report['ratio_fp32']:.2f}×", "left dense", "KL"):
         assert fact in done.stdout
-    phases = [line.partition(":")[0] for line in done.stderr.splitlines()]
-    assert phases == ["encoding", "writing", "evaluating"]  # no terminal: a line each, and no bar
+    phases = dict.fromkeys(line.partition(":")[0] for line in done.stderr.splitlines())
+    assert list(phases) == ["encoding", "writing", "evaluating"]  # no terminal: a line each, more if slow, and no bar
     assert done.stderr.replace("\n", "").isprintable()
     assert tenpak.verify(folder).ok
 

@@ -365,7 +365,6 @@ def machine() -> str:
         "frontier",
         "seeds",
         "mixtures",
-        "codecs",
     ):
         env = load(name)["environment"]
         versions = ", ".join(f"{package} {number}" for package, number in env["versions"].items())

@@ -3,11 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# What `make reference` trains, for how long and where; it takes up what was stopped.
+RECIPE ?= ref-8m
+MINUTES ?= 90
+OUT ?= reference
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench bench-seeds clean
+.PHONY: help demo test check format bench bench-seeds reference clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -32,6 +36,10 @@ bench: $(READY) ## measure speed, memory and overhead; write benchmarks/results/
 
 bench-seeds: $(READY) ## rerun the claims of the older systems, on MODELS="FOLDER …" or those at hand
 	$(BIN)/python benchmarks/run.py seeds
+
+reference: $(READY) ## train a reference model from random weights: RECIPE=ref-8m MINUTES=90 OUT=reference
+	$(BIN)/python benchmarks/reference/train.py $(RECIPE) --out $(OUT) --minutes $(MINUTES) --resume
+	$(BIN)/python benchmarks/reference/card.py $(OUT)/$(RECIPE)
 
 clean: ## remove the environment and everything generated
 	rm -rf $(VENV) demo-artifact .pytest_cache .mypy_cache .ruff_cache

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from tenpak.errors import CheckpointError
+
 __all__ = ["Position", "latest", "restore", "save"]
 
 
@@ -71,11 +73,14 @@ def restore(
     """Load the checkpoint at ``place``.
 
     Raises:
-        ValueError: it is of another training than ``asked``.
+        CheckpointError: it is of another training than ``asked``.
     """
     state = json.loads((place / "state.json").read_text())
     if differing := {name for name in asked | state["asked"] if asked.get(name) != state["asked"].get(name)}:
-        raise ValueError(f"the checkpoint {str(place)!r} is of a training with other {', '.join(sorted(differing))}")
+        raise CheckpointError(
+            f"the checkpoint {str(place)!r} is of a training with other {', '.join(sorted(differing))}",
+            hint="resume with the options it began with, or give another folder",
+        )
     saved = load_file(place / "weights")
     with torch.no_grad():
         for name, weight in model.named_parameters():

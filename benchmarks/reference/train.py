@@ -23,6 +23,8 @@ from export import export
 from recipes import RECIPES
 from training import Budget, evaluate, train
 
+from tenpak.errors import TenpakError
+
 ROOT = Path(__file__).resolve().parents[2]
 FINAL_BLOCKS = 64
 CORPUS = "train_en.txt.xz"
@@ -96,4 +98,7 @@ def _print(line: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except TenpakError as error:
+        sys.exit(f"error: {error}\nhint: {error.hint}")

@@ -28,6 +28,8 @@ from store import Position
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from tenpak.errors import CalibrationError, TenpakError
+
 __all__ = ["Budget", "build", "evaluate", "optimizers_of", "progress_of", "rate", "train"]
 
 EVALUATIONS = 20  # over a training; each with a checkpoint
@@ -73,11 +75,15 @@ def train(
         The model, where it stands, and whether the training is complete.
 
     Raises:
-        ValueError: the checkpoint is of another training, or there is too little data.
-        FloatingPointError: the loss is no longer finite.
+        CheckpointError: the checkpoint is of another training.
+        CalibrationError: there is too little data.
+        TenpakError: the loss is no longer finite.
     """
     if min(len(tokens), len(validation)) <= recipe.context:
-        raise ValueError(f"{len(tokens)} and {len(validation)} tokens are too few for blocks of {recipe.context}")
+        raise CalibrationError(
+            f"{len(tokens)} tokens to train on or {len(validation)} to validate are too few for blocks of {recipe.context}",
+            hint="give a larger corpus",
+        )
     out.mkdir(parents=True, exist_ok=True)
     model = build(recipe).to(device)
     optimizers = optimizers_of(model, recipe)
@@ -92,7 +98,9 @@ def train(
         factor = rate(recipe, progress)
         loss, norm = _step(model, optimizers, recipe, tokens, at.step, length, factor)
         if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss of step {at.step} of {recipe.name} is {loss}: lower the rates")
+            raise TenpakError(
+                f"the loss of {recipe.name} at step {at.step} is {loss}", hint="lower the rates in recipes.py"
+            )
         losses.append(loss)
         at = Position(at.step + 1, at.tokens + recipe.batch * recipe.context, time.perf_counter() - started)
         line = dataclasses.asdict(at) | {"progress": progress_of(at, budget), "sequence": length}

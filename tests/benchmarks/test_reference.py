@@ -32,7 +32,7 @@ from muon import Muon, orthogonalized
 from recipes import RECIPES, Recipe, config
 
 from tenpak import cli
-from tenpak.errors import CalibrationError
+from tenpak.errors import CalibrationError, CheckpointError
 
 WORDS = ("the", "of", "a", "river", "mountain", "stone", "walks", "sings", "under", "over", "where", "green", "birds")
 TINY = Recipe(
@@ -235,7 +235,7 @@ def test_a_resumed_training_is_bit_for_bit_an_uninterrupted_one(data: Data, tmp_
     ]
     assert logs[0] == logs[1]
     assert [path.name for path in (tmp_path / "parts" / "checkpoints").iterdir()] == ["00000008"]
-    with pytest.raises(ValueError, match="other recipe"):
+    with pytest.raises(CheckpointError, match="other recipe"):
         run(dataclasses.replace(TINY, seed=1), data, tmp_path / "parts", resume=True)
 
 

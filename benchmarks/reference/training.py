@@ -81,7 +81,7 @@ def train(
     """
     if min(len(tokens), len(validation)) <= recipe.context:
         raise CalibrationError(
-            f"{len(tokens)} tokens to train on or {len(validation)} to validate are too few for blocks of {recipe.context}",
+            f"{len(tokens)} or {len(validation)} tokens are too few for blocks of {recipe.context}",
             hint="give a larger corpus",
         )
     out.mkdir(parents=True, exist_ok=True)

@@ -6,8 +6,7 @@ digits, in lower case, before they are compared; white space, punctuation and a 
 window is then 50 such characters, about ten words. Every offset of the held-out text is indexed, and every offset of
 the corpus looked up: two texts that share 50 characters in a row are found, wherever the row begins.
 
-A window's hash is h(c) = Σ m(cᵢ)·B⁴⁹⁻ⁱ mod 2⁶⁴ (Rabin's fingerprint with a power of two for modulus), made by doubling:
-those of 2n characters from two of n, and 50 = 32 + 16 + 2. A table of one bit per 27-bit hash lets nearly all windows
+Windows are hashed as ``tenpak.calibration.overlap`` does. A table of one bit per 27-bit hash lets nearly all windows
 pass without a search, as a Bloom filter does. Memory: 8 bytes per character of the held-out text, and one document of
 the corpus at a time.
 """
@@ -20,17 +19,17 @@ from typing import Any
 
 import numpy as np
 
+from tenpak.calibration.overlap import Hashes, window_hashes
+
 __all__ = ["WINDOW", "Index", "index", "overlap", "reduced", "shared"]
 
 WINDOW = 50
-_BASE = 0x9E3779B97F4A7C15  # odd, so that no character is shifted out
 _FILTER_BITS = 27
 _PIECE = 1 << 20
 _LETTERS = b"0123456789abcdefghijklmnopqrstuvwxyz"
 _LOWER = bytes(range(256)).lower()
 _DROPPED = bytes(sorted(set(range(256)) - set(_LETTERS) - set(_LETTERS.upper())))
 
-Hashes = np.ndarray[Any, np.dtype[np.uint64]]
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
 
 
@@ -90,22 +89,7 @@ def _hashes(letters: bytes) -> Hashes:
     """Hashes of the windows at every offset, uint64 ``[max(len(letters) - 49, 0)]``."""
     if len(letters) < WINDOW:
         return np.zeros(0, dtype=np.uint64)
-    part = _MIXED[np.frombuffer(letters, dtype=np.uint8)]
-    result, done, length = None, 0, 1  # ``part`` is of ``length`` characters, ``result`` of ``done``
-    while length <= WINDOW:
-        if WINDOW & length:
-            result = part if result is None else _joined(part, length, result, done)
-            done += length
-        part, length = _joined(part, length, part, length), 2 * length
-    assert result is not None  # a window has a length
-    return result[: len(letters) - WINDOW + 1]
-
-
-def _joined(first: Hashes, length: int, second: Hashes, more: int) -> Hashes:
-    """Hashes of ``length`` characters and ``more`` after them, from those of both."""
-    size = max(min(len(first), len(second) - length), 0)
-    joined: Hashes = first[:size] * np.uint64(pow(_BASE, more, 1 << 64)) + second[length : length + size]
-    return joined
+    return window_hashes(_MIXED[np.frombuffer(letters, dtype=np.uint8)], WINDOW)
 
 
 # Characters are small numbers near each other: each stands for one drawn from 64 bits, the same in every process.

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["WINDOW", "overlap"]
+__all__ = ["WINDOW", "Hashes", "overlap", "window_hashes"]
 
 WINDOW = 100
 _MOST_WINDOWS = 200_000
@@ -68,16 +68,25 @@ def _hashes(text: str) -> Hashes:
         return np.zeros(0, dtype=np.uint64)
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4").astype(np.uint64) + np.uint64(1)
     codes *= _MIX  # characters are small numbers and near each other
-    part = codes ^ (codes >> np.uint64(29))
-    result: Hashes | None = None
+    return window_hashes(codes ^ (codes >> np.uint64(29)), WINDOW)
+
+
+def window_hashes(characters: Hashes, window: int) -> Hashes:
+    """Hashes of the windows at every offset, uint64 ``[characters - window + 1]``.
+
+    Args:
+        characters: a number for each, uint64, at least ``window`` of them; well mixed, since hashes are linear in them.
+        window: characters in a window, at least 1.
+    """
+    part, result = characters, None
     length, done = 1, 0  # ``part`` is of ``length`` characters, ``result`` of ``done``
-    while length <= WINDOW:
-        if WINDOW & length:
+    while length <= window:
+        if window & length:
             result = part if result is None else _joined(part, length, result, done)
             done += length
         part, length = _joined(part, length, part, length), 2 * length
     assert result is not None  # a window has a length
-    return result[: len(codes) - WINDOW + 1]
+    return result[: len(characters) - window + 1]
 
 
 def _joined(first: Hashes, length: int, second: Hashes, more: int) -> Hashes:

@@ -7,30 +7,30 @@ twice is an error. Recipes are as ``recipes.format`` writes them; ``dense`` leav
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from abc import abstractmethod
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tenpak.artifact.writer import replace_file
+from tenpak.checkpoint.header import read_whole
 from tenpak.errors import AllocationError
 
 __all__ = [
+    "Document",
+    "Loss",
     "Measured",
+    "Natural",
     "Option",
     "Profile",
     "ProfileSource",
     "ProfiledTensor",
     "Strict",
-    "read_json",
-    "require_once",
-    "write_json",
 ]
 
 Natural = Annotated[int, Field(ge=0, lt=2**63)]
 Loss = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Document = TypeVar("Document", bound=BaseModel)
 
 _MOST_BYTES = 1_000_000_000
 
@@ -39,6 +39,46 @@ class Strict(BaseModel):
     """What is read from a file: frozen, and an unknown field is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Document(Strict):
+    """A file that lists tensors, each once."""
+
+    made_by: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Of its tensors."""
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """A document from its file.
+
+        Raises:
+            AllocationError: the file cannot be read, or is not what it should be; says where.
+        """
+        path, hint = Path(path), f"`{cls.made_by}` makes one"
+        try:
+            found = cls.model_validate_json(read_whole(path, _MOST_BYTES))
+        except OSError as error:
+            raise AllocationError(f"cannot read {path}: {error.strerror or error}", hint=hint) from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the file"
+            raise AllocationError(f"{path}: {where}: {first['msg']}", hint=hint) from error
+        seen: set[str] = set()
+        for name in found.names:
+            if name in seen:
+                raise AllocationError(f"{path} names {name!r} twice", hint="keep one of them")
+            seen.add(name)
+        return found
+
+    def write(self, path: str | Path) -> None:
+        """Write it to a file with a line for each tensor, atomically. Raises ArtifactError where that fails."""
+        content = self.model_dump(mode="json", exclude_none=True)
+        lines = [f"{json.dumps(key)}: {_value(value)}" for key, value in content.items()]
+        replace_file(Path(path), ("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
 
 class Option(Strict):
@@ -98,8 +138,10 @@ class ProfileSource(Strict):
     tokens: Natural
 
 
-class Profile(Strict):
+class Profile(Document):
     """All stored tensors, in stored order, with what each candidate would take and cost."""
+
+    made_by: ClassVar[str] = "tenpak profile MODEL -o FILE"
 
     format: Literal["tenpak profile/1"] = "tenpak profile/1"
     source: ProfileSource
@@ -107,57 +149,13 @@ class Profile(Strict):
     tensors: tuple[ProfiledTensor, ...]
     measured: tuple[Measured, ...] = ()
 
-    @classmethod
-    def read(cls, path: str | Path) -> Profile:
-        """A profile from its file.
-
-        Raises:
-            AllocationError: the file cannot be read, or is no sound profile; says where.
-        """
-        found = read_json(cls, Path(path), "`tenpak profile MODEL -o FILE` makes one")
-        require_once(Path(path), [tensor.name for tensor in found.tensors])
-        return found
-
-    def write(self, path: str | Path) -> None:
-        """Write it to a file, atomically. Raises ArtifactError where that fails."""
-        write_json(self, Path(path))
-
-
-def read_json(kind: type[Document], path: Path, hint: str) -> Document:
-    """A document from a file.
-
-    Raises:
-        AllocationError: the file cannot be read or is not what it should be; says where and, by ``hint``, what to do.
-    """
-    try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise AllocationError(f"{path} is too large for a {kind.__name__.lower()}", hint=hint)
-        return kind.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise AllocationError(f"cannot read {path}: {error.strerror or error}", hint=hint) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise AllocationError(f"{path}: {where}: {first['msg']}", hint=hint) from error
-
-
-def write_json(document: BaseModel, path: Path) -> None:
-    """Write a document with a line for each tensor, atomically. Raises ArtifactError where that fails."""
-    content = document.model_dump(mode="json", exclude_none=True)
-    lines = [f"{json.dumps(key)}: {_value(value)}" for key, value in content.items()]
-    replace_file(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
+    @property
+    def names(self) -> list[str]:
+        """Of its tensors."""
+        return [tensor.name for tensor in self.tensors]
 
 
 def _value(value: Any) -> str:
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return "[\n" + ",\n".join("  " + json.dumps(item) for item in value) + "\n]"
     return json.dumps(value)
-
-
-def require_once(path: Path, names: Sequence[str]) -> None:
-    """Raise AllocationError where a name is given twice."""
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            raise AllocationError(f"{path} names {name!r} twice", hint="keep one of them")
-        seen.add(name)

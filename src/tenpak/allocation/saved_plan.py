@@ -5,10 +5,10 @@ Only names and recipes count when it is read; bytes and losses are what was pred
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
-from tenpak.allocation.profile import Loss, Natural, Strict, read_json, require_once, write_json
+from tenpak.allocation.budget import Budget
+from tenpak.allocation.profile import Document, Loss, Natural, Strict
 
 __all__ = ["PlannedTensor", "SavedPlan"]
 
@@ -22,7 +22,7 @@ class PlannedTensor(Strict):
     loss: Loss | None = None
 
 
-class SavedPlan(Strict):
+class SavedPlan(Document):
     """A plan.
 
     Attributes:
@@ -36,6 +36,8 @@ class SavedPlan(Strict):
         tensors: all that can be compressed.
     """
 
+    made_by: ClassVar[str] = "tenpak allocate PROFILE -o FILE"
+
     format: Literal["tenpak plan/1"] = "tenpak plan/1"
     source: str
     source_sha256: str
@@ -45,17 +47,14 @@ class SavedPlan(Strict):
     bound: Loss | None = None
     tensors: tuple[PlannedTensor, ...]
 
-    @classmethod
-    def read(cls, path: str | Path) -> SavedPlan:
-        """A plan from its file.
+    @property
+    def names(self) -> list[str]:
+        """Of its tensors."""
+        return [tensor.name for tensor in self.tensors]
 
-        Raises:
-            AllocationError: the file cannot be read, or is no sound plan; says where.
-        """
-        found = read_json(cls, Path(path), "`tenpak allocate PROFILE -o FILE` makes one")
-        require_once(Path(path), [tensor.name for tensor in found.tensors])
-        return found
-
-    def write(self, path: str | Path) -> None:
-        """Write it to a file, atomically. Raises ArtifactError where that fails."""
-        write_json(self, Path(path))
+    @property
+    def gap(self) -> float:
+        """How far the plan may be above the best one in what was not limited, relative to that; 0 for the best."""
+        by_size = self.budget is None or Budget.parse(self.budget).is_size
+        reached, least = (self.loss if by_size else self.bytes) or 0.0, self.bound or 0.0
+        return reached / least - 1 if least > 0 else 0.0

@@ -71,10 +71,7 @@ def plan_rows(plan: SavedPlan, parameters: int) -> list[tuple[str, str]]:
         ("smaller than FP32", f"{4 * parameters / total:.2f}×"),
         ("predicted loss", f"{loss:.4g} nats per token"),
     ]
-    least = plan.bound or 0.0
-    value = loss if plan.budget is None or "=" not in plan.budget else float(total)
-    gap = value / least - 1 if least > 0 else 0.0
-    rows.append(("gap", "none: no plan is better" if gap < 1e-9 else f"at most {gap:.2%} above the best"))
+    rows.append(("gap", "none: no plan is better" if plan.gap < 1e-9 else f"at most {plan.gap:.2%} above the best"))
     for recipe, sizes in sorted(counts.items(), key=lambda item: -sum(item[1])):
         rows.append((recipe, f"{len(sizes)} tensors, {sum(sizes):,} bytes"))
     return rows

@@ -39,7 +39,7 @@ from tenpak.cli.options import (
     WorkFolder,
 )
 
-__all__ = ["calibrate", "compress", "merge", "show_report", "text_to_measure_on"]
+__all__ = ["calibrate", "compress", "make_artifact", "merge"]
 
 
 @app.command()
@@ -76,7 +76,6 @@ def compress(
 ) -> None:
     """Compress MODEL into an artifact and, given a text, measure what that cost."""
     from tenpak.allocation.budget import one_budget
-    from tenpak.pipeline import compress as run
     from tenpak.policies import policy_of
 
     quiet()
@@ -99,11 +98,25 @@ def compress(
         return
     if out is None:
         raise typer.BadParameter("give -o OUT, the folder to write (or --dry-run)")
-    text = text_to_measure_on(model, revision, evaluation)
     options |= {"calibration_window": window, "work": work, "allow_overlap": allow_overlap}
+    options |= {"seed": seed, "overwrite": overwrite}
+    make_artifact(model, out, evaluation, options, strict=strict, as_json=as_json)
+
+
+def make_artifact(
+    model: str, out: Path, evaluation: str | None, options: dict[str, Any], *, strict: bool, as_json: bool
+) -> None:
+    """Run the pipeline with these options of ``compress`` and print its report.
+
+    Raises:
+        typer.Exit: the artifact misses its budget, and ``strict`` asks for exit code 1 then.
+    """
+    from tenpak.pipeline import compress as run
+
+    text = _text_to_measure_on(model, options["revision"], evaluation)
     with progress_bar("weights") as update:
-        report = run(model, out, evaluation=text, seed=seed, overwrite=overwrite, progress=update, **options)
-    show_report(report.to_json(), as_json, unmeasured=text is None and evaluation is None, strict=strict)
+        report = run(model, out, evaluation=text, progress=update, **options)
+    _show_report(report.to_json(), as_json, unmeasured=text is None and evaluation is None, strict=strict)
 
 
 def _show_prediction(model: str, options: dict[str, Any], as_json: bool) -> None:
@@ -120,12 +133,7 @@ def _show_prediction(model: str, options: dict[str, Any], as_json: bool) -> None
     print_result(prediction.to_json(), as_json, prediction_rows(prediction.to_json()), "would write")
 
 
-def show_report(report: dict[str, Any], as_json: bool, *, unmeasured: bool, strict: bool = False) -> None:
-    """Print what was written.
-
-    Raises:
-        typer.Exit: the artifact misses its budget, and ``strict`` asks for exit code 1 then.
-    """
+def _show_report(report: dict[str, Any], as_json: bool, *, unmeasured: bool, strict: bool) -> None:
     from tenpak.report.rows import report_rows
 
     print_result(report, as_json, report_rows(report), report["artifact"])
@@ -142,7 +150,7 @@ def show_report(report: dict[str, Any], as_json: bool, *, unmeasured: bool, stri
             raise typer.Exit(1)
 
 
-def text_to_measure_on(model: str, revision: str | None, given: str | None) -> str | None:
+def _text_to_measure_on(model: str, revision: str | None, given: str | None) -> str | None:
     """The text that was given; where none was, the one that the model's folder may hold; none where that was said."""
     from tenpak.checkpoint.source import locate
     from tenpak.evaluation.evaluate import DEFAULT_TEXT

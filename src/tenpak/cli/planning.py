@@ -9,7 +9,7 @@ import typer
 
 from tenpak.cli.application import app, quiet
 from tenpak.cli.console import print_json, print_result, print_table, progress_bar
-from tenpak.cli.making import show_report, text_to_measure_on
+from tenpak.cli.making import make_artifact
 from tenpak.cli.options import (
     AllowOverlap,
     Bpw,
@@ -161,29 +161,21 @@ def encode(
     as_json: Json = False,
 ) -> None:
     """Compress MODEL by a plan and, given a text, measure what that cost."""
-    from tenpak.pipeline import compress as run
-
     quiet()
-    text = text_to_measure_on(model, revision, evaluation)
-    with progress_bar("weights") as update:
-        report = run(
-            model,
-            out,
-            plan=plan,
-            overrides=tuple(overrides or ()),
-            calibration=calibration,
-            calibration_tokens=calibration_tokens,
-            calibration_window=window,
-            statistics=statistics,
-            propagation=propagation,
-            tuning=tune,
-            work=work,
-            evaluation=text,
-            allow_overlap=allow_overlap,
-            seed=seed,
-            overwrite=overwrite,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            progress=update,
-        )
-    show_report(report.to_json(), as_json, unmeasured=text is None and evaluation is None, strict=strict)
+    options = {
+        "plan": plan,
+        "overrides": tuple(overrides or ()),
+        "calibration": calibration,
+        "calibration_tokens": calibration_tokens,
+        "calibration_window": window,
+        "statistics": statistics,
+        "propagation": propagation,
+        "tuning": tune,
+        "work": work,
+        "allow_overlap": allow_overlap,
+        "seed": seed,
+        "overwrite": overwrite,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+    }
+    make_artifact(model, out, evaluation, options, strict=strict, as_json=as_json)

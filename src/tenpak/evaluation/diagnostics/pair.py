@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tenpak.artifact.reader import Artifact, open_artifact
 from tenpak.calibration.choice import Text, first_tokens
+from tenpak.calibration.experts import rows_before
 from tenpak.calibration.text import Window, context_length
 from tenpak.checkpoint.source import Checkpoint, open_checkpoint, source_sha256
 from tenpak.checkpoint.structure import Weight, bind
@@ -131,11 +132,9 @@ def part_of(pair: Pair, weight: Weight, parameter: Tensor) -> Tensor:
     """The part of a parameter, or of anything of its shape, that a tensor of the checkpoint fills, as a view."""
     if weight.slot is None:
         return parameter
-    expert, part = weight.slot
     siblings = [other for other in pair.weights.values() if other.parameter == weight.parameter]
-    earlier = [(expert, number) for number in range(part)]
-    before = sum(other.shape[0] for other in siblings if other.slot in earlier)  # parts lie along the rows
-    return parameter[expert, before : before + weight.shape[0]]
+    before = rows_before(siblings)[weight.name]
+    return parameter[weight.slot[0], before : before + weight.shape[0]]
 
 
 def _require_same_tensors(artifact: Artifact, checkpoint: Checkpoint) -> None:

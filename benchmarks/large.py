@@ -47,8 +47,8 @@ def shapes() -> dict[str, tuple[int, ...]]:
     return found
 
 
-def write_model(folder: Path) -> int:
-    """Write the checkpoint; returns its parameters."""
+def write_model(folder: Path, text: Path) -> int:
+    """Write the checkpoint, and a text for it; returns its parameters."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(CONFIG))
     tensors = shapes()
@@ -59,10 +59,11 @@ def write_model(folder: Path) -> int:
         for shape in tensors.values():
             weight = torch.randn(shape, generator=generator).mul_(0.02) if len(shape) == 2 else torch.ones(shape)
             file.write(weight.to(torch.bfloat16).view(torch.uint8).numpy().data)
+    _write_text(folder, text)
     return sum(torch.Size(shape).numel() for shape in tensors.values())
 
 
-def write_text(folder: Path, text: Path) -> None:
+def _write_text(folder: Path, text: Path) -> None:
     """A tokenizer of one token a word for the model, and a text of random words, a little more than is read of it."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -76,10 +77,8 @@ def write_text(folder: Path, text: Path) -> None:
 
 def run() -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="tenpak-large-") as folder:
-        source, out = Path(folder) / "model", Path(folder) / "artifact"
-        parameters = write_model(source)
-        text = Path(folder) / "text.txt"
-        write_text(source, text)
+        source, out, text = (Path(folder) / name for name in ("model", "artifact", "text.txt"))
+        parameters = write_model(source, text)
         calibrated = calibrate(source, text, Path(folder))
         dry = measure("compress", str(source), "--dry-run", "--json")
         commands = {
@@ -118,10 +117,8 @@ STEP = 0.3  # of the flagship without data, in units of the weights' deviation: 
 def run_codecs() -> dict[str, Any]:
     """The flagship without data, from disk to the first logits; and a profile of six candidates, statistics given."""
     with tempfile.TemporaryDirectory(prefix="tenpak-large-") as folder:
-        source, out = Path(folder) / "model", Path(folder) / "artifact"
-        parameters = write_model(source)
-        text = Path(folder) / "text.txt"
-        write_text(source, text)
+        source, out, text = (Path(folder) / name for name in ("model", "artifact", "text.txt"))
+        parameters = write_model(source, text)
         recipe = f"trellis:{0.02 * STEP:g}:datafree"
         options = ("--recipe", recipe, "--set", f"*={recipe}", "--evaluation", "none")
         compressed = measure("compress", str(source), "-o", str(out), *options, "--json")

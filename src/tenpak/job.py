@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tenpak.allocation.allocate import DENSE
 from tenpak.allocation.plan import Override, Plan, make_plan
 from tenpak.allocation.saved_plan import SavedPlan
 from tenpak.calibration.statistics import StatisticsFolder
 from tenpak.checkpoint.source import Checkpoint, open_checkpoint, tensor_sha256
 from tenpak.checkpoint.structure import Weight, bind, build_meta_model, check_coverage
 from tenpak.errors import RecipeError
-from tenpak.plans import DENSE, planned
+from tenpak.plans import planned
 from tenpak.policies import Policy, apply
 from tenpak.recipes import parse, parse_overrides
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from tenpak.allocation.allocate import allocate, smallest
+from tenpak.allocation.allocate import DENSE, allocate, smallest
 from tenpak.allocation.budget import Budget, Trial
 from tenpak.allocation.budget import search as find
 from tenpak.allocation.profile import Profile
@@ -18,7 +18,7 @@ from tenpak.dial import SLACK, Knob, Search, infeasible, written_bytes
 from tenpak.encoding import Numbered, encode_entries
 from tenpak.errors import InfeasibleBudgetError
 from tenpak.job import Job, replanned
-from tenpak.plans import DENSE, overriding
+from tenpak.plans import overriding
 from tenpak.profiling import Candidates, fixed_by, observed, profiled
 from tenpak.recipes import parse
 from tenpak.task import Task, counter, numbered, statistics_of

@@ -10,7 +10,6 @@ import glob
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +23,6 @@ from tenpak.artifact.writer import (
     check_output,
 )
 from tenpak.calibrating import DEFAULT_TOKENS
-from tenpak.checkpoint.source import fingerprint, tensor_sha256
 from tenpak.dial import Found, Knob, Measure, Search, dial, promise, report_of
 from tenpak.errors import ArtifactError, BudgetError, CalibrationError, CodecError
 from tenpak.job import Job, open_job
@@ -170,14 +168,13 @@ def _recorded(
     remove_unused(out.parent, f".{glob.escape(out.name)}.work-*")  # of runs that were to make another artifact here
     source = found.task.job.checkpoint
     report = measured(out, source.bytes, seconds=time.perf_counter() - started, reused=reused)
-    if spent is not None:
-        report = report.with_search(report_of(found, spent))
-    record(out, report, source)  # measuring may fail or be interrupted
+    search = None if spent is None else report_of(found, spent)
     if evaluation is not None:
+        record(out, report.with_search(search), source)  # measuring may fail or be interrupted
         report = report.with_quality({**evaluate_apart(out, found.task, evaluation, progress), "overlap": shared})
-    if spent is not None:
-        report = report.with_search(report_of(found, spent) | {"promise": promise(report, spent)})
-    return record(out, report, source)
+    if spent is not None and search is not None:
+        search |= {"promise": promise(report, spent)}
+    return record(out, report.with_search(search), source)
 
 
 def _work_folder(work: str | Path | None, out: Path, run: dict[str, Any]) -> Path:
@@ -264,16 +261,11 @@ def _run(task: Task, recipe: str, candidates: Candidates | None) -> dict[str, An
 
     Not which budget: a search for another one goes on from the same statistics and passes.
     """
-    job = task.job
     return {
-        "source": fingerprint(job.checkpoint),
+        **task.inputs,
         "recipe": recipe,
         **({} if candidates is None else {"candidates": candidates.to_json()}),
-        "overrides": list(job.overrides),
-        "calibration": task.to_json(),
-        "tokens": None if task.reading is None else tensor_sha256(task.reading.tokens),
-        "statistics": None if task.statistics is None else asdict(task.statistics.origin),
-        "seed": task.seed,
+        "overrides": list(task.job.overrides),
         "versions": {"tenpak": version("tenpak"), **versions()},
     }
 

@@ -14,7 +14,7 @@ from tenpak.codecs.base import Codec
 from tenpak.errors import AllocationError, RecipeError
 from tenpak.recipes import format, parse, parse_overrides
 
-__all__ = ["DENSE", "overriding", "planned", "rules_of"]
+__all__ = ["overriding", "planned", "rules_of"]
 
 
 def planned(plan: SavedPlan, weights: Sequence[Weight], checkpoint: Checkpoint) -> tuple[str, ...]:

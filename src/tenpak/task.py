@@ -8,7 +8,7 @@ too, take those of the original model. A plan that needs no statistics is encode
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,6 +16,7 @@ from tenpak.calibrating import Progress, Reading, collect_into, read_text, warn_
 from tenpak.calibration.experts import rows_before
 from tenpak.calibration.skeleton import OUTSIDE, Skeleton
 from tenpak.calibration.statistics import StatisticsFolder
+from tenpak.checkpoint.source import fingerprint, tensor_sha256
 from tenpak.checkpoint.structure import Weight
 from tenpak.encoding import Lookup, Numbered, encode_entries, stored_reader
 from tenpak.errors import CalibrationError
@@ -68,6 +69,17 @@ class Task:
         origin = self.statistics.origin
         read = {"text": origin.text, "text_sha256": origin.text_sha256, "tokens": origin.tokens}
         return {**read, "window": origin.window, "propagation": "none"}
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What statistics and codes depend on besides the plan: source, text, statistics given, seed; JSON."""
+        return {
+            "source": fingerprint(self.job.checkpoint),
+            "calibration": self.to_json(),
+            "tokens": None if self.reading is None else tensor_sha256(self.reading.tokens),
+            "statistics": None if self.statistics is None else asdict(self.statistics.origin),
+            "seed": self.seed,
+        }
 
     @property
     def calibrated(self) -> bool:

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from tenpak.allocation.allocate import DENSE
 from tenpak.allocation.profile import Measured, Option, Profile, ProfiledTensor
 from tenpak.calibration.skeleton import Skeleton
 from tenpak.checkpoint.structure import Weight
 from tenpak.encoding import Lookup, decode_tensor, encode_unit
 from tenpak.job import Job
-from tenpak.plans import DENSE
 from tenpak.recipes import parse
 from tenpak.tuning.distil import divergence
 

@@ -6,12 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tenpak.allocation.allocate import DENSE
 from tenpak.allocation.plan import matches
 from tenpak.checkpoint.structure import Weight
 from tenpak.codecs.trellis import Trellis
 from tenpak.errors import RecipeError
 from tenpak.job import Job, replanned
-from tenpak.plans import DENSE
 from tenpak.recipes import format, parse, parse_overrides
 
 __all__ = ["DEFAULT_CANDIDATES", "Candidates", "fixed_by", "observed"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import torch
 
 from tenpak.allocation.profile import Profile
 from tenpak.calibrating import DEFAULT_TOKENS
-from tenpak.checkpoint.source import fingerprint, tensor_sha256
 from tenpak.errors import AllocationError, CalibrationError, OutputExistsError
 from tenpak.job import open_job
 from tenpak.profiling.alone import chosen, measured_alone
@@ -101,13 +99,10 @@ def profile(
 def _run(task: Task, candidates: Candidates, overrides: Sequence[str]) -> dict[str, Any]:
     """What the results depend on."""
     return {
-        "profile of": fingerprint(task.job.checkpoint),
+        **task.inputs,
+        "purpose": "profile",
         "candidates": candidates.to_json(),
         "overrides": list(overrides),
-        "calibration": task.to_json(),
-        "tokens": None if task.reading is None else tensor_sha256(task.reading.tokens),
-        "statistics": None if task.statistics is None else asdict(task.statistics.origin),
-        "seed": task.seed,
         "versions": {name: version(name) for name in ("tenpak", "torch", "transformers")},
     }
 

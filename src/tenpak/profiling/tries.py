@@ -16,23 +16,23 @@ from typing import Any
 
 from torch import Tensor
 
+from tenpak.allocation.allocate import DENSE
 from tenpak.allocation.patterns import alike
 from tenpak.allocation.plan import PlanEntry
 from tenpak.allocation.profile import Option, Profile, ProfiledTensor, ProfileSource
 from tenpak.allocation.sensitivity import predicted_loss
+from tenpak.calibration.statistics import StatisticsFolder
 from tenpak.checkpoint.header import DTYPE_BYTES
 from tenpak.checkpoint.parts import places
-from tenpak.checkpoint.source import source_sha256
 from tenpak.checkpoint.structure import Weight
 from tenpak.codecs.base import Codec, Statistics
 from tenpak.encoding import Lookup, encode_unit
 from tenpak.errors import ArtifactError, RecipeError, UnsupportedShapeError
 from tenpak.job import Job
 from tenpak.kernels.parallel import ordered_map
-from tenpak.plans import DENSE
 from tenpak.profiling.candidates import Candidates
 from tenpak.recipes import parse
-from tenpak.task import Progress, Task, statistics_of
+from tenpak.task import Progress, Task, counter, numbered, statistics_of
 from tenpak.work import Work
 
 __all__ = ["profiled"]
@@ -59,37 +59,35 @@ def profiled(
         ArtifactError: the work folder cannot be written.
     """
     job = task.job
-    entries = [entry for entry in job.plan.entries if entry.weight.tied_to is None]
-    able = [entry.weight for entry in entries if entry.codec is not None]
+    items = numbered(job)
+    able = [item.entry.weight for item in items]
     coded = sum(weight.numel for weight in able)
     wanted = {w.name: [fixed[w.name]] if w.name in fixed else candidates.of(w, coded) for w in able}
     bare = [name for name, recipes in wanted.items() if not recipes]
     if bare:
         raise RecipeError(f"no candidate is meant for {bare[0]!r}", hint="give candidates without a pattern as well")
-    lookup = statistics_of(task, work.folder / "statistics", progress)
+    folder = work.folder / "statistics"
+    lookup = statistics_of(task, folder, progress)
     assert lookup is not None  # the trellis codec needs them
-    tokens = task.reading.tokens.numel() if task.reading is not None else 0
-    tokens = task.statistics.origin.tokens if task.statistics is not None else tokens
+    origin = (task.statistics or StatisticsFolder(folder)).origin
     kept = _Kept(work.folder / "passes" / "profile.jsonl")
-    total, done = coded, 0
+    tick = counter(items, None if progress is None else lambda name, *rest: progress(f"profiling {name}", *rest))
     options: dict[str, tuple[Option, ...]] = {}
 
     def tried(weight: Weight) -> tuple[Weight, tuple[Option, ...]]:
-        return weight, _options(job, weight, wanted[weight.name], lookup, tokens, kept)
+        return weight, _options(job, weight, wanted[weight.name], lookup, origin.tokens, kept)
 
     for weight, found in ordered_map(tried, able):
         options[weight.name] = found
-        done += weight.numel
-        if progress is not None:
-            progress(f"profiling {weight.name}", done, total)
-    text = task.to_json() or {}
+        tick(weight)
+    entries = [entry for entry in job.plan.entries if entry.weight.tied_to is None]
     return Profile(
         source=ProfileSource(
             name=job.checkpoint.name,
-            sha256=source_sha256(job.checkpoint),
+            sha256=origin.source_sha256,
             parameters=job.plan.parameters,
-            text=str(text.get("text", "")),
-            tokens=tokens,
+            text=origin.text,
+            tokens=origin.tokens,
         ),
         candidates=tuple(candidates.to_json()),
         tensors=_tensors(entries, options),

@@ -79,4 +79,5 @@ class _Counter:
         self.progress("generating", self.done, self.total)
 
     def end(self) -> None:
-        self.progress("generating", self.done, self.done)  # a model may end before its time
+        if self.done < self.total:  # a model may end before its time
+            self.progress("generating", self.done, self.done)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from families import make_tiny_talker
 from transformers.utils import logging
 
 import tenpak
+import tenpak.knobs as knobs
 import tenpak.pipeline as pipeline
 import tenpak.recovery as recovery
+from tenpak.allocation.profile import Profile
 from tenpak.errors import BudgetError, CalibrationError, InfeasibleBudgetError
 from tenpak.report.report import Report
 
@@ -85,6 +88,50 @@ def test_a_budget_of_quality_is_measured(folder: Path) -> None:
     assert report.quality["kl"] <= 0.02
     assert report.search is not None
     assert report.search["trials"][-1]["cost"] == pytest.approx(report.quality["kl"], rel=1e-6)
+
+
+@pytest.mark.parametrize("shards", [10**9, 20_000])
+def test_what_was_measured_in_a_search_is_not_measured_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, shards: int
+) -> None:
+    measured: list[str] = []
+    evaluate = pipeline.evaluate_apart
+
+    def counted(out: Path, *rest: object) -> object:
+        measured.append(out.name)
+        return evaluate(out, *rest)
+
+    monkeypatch.setattr(pipeline, "evaluate_apart", counted)
+    name, text = f"once-{shards}", folder / "evaluation.txt"
+    report = compressed(folder, name, budget="kl=0.02", evaluation=text, max_shard_bytes=shards)
+    assert report.search is not None
+    assert report.quality is not None
+    assert 1 <= len(measured) <= len(report.search["trials"])
+    assert name not in measured
+    assert tenpak.evaluate(folder / name, text=text, against=folder / "model").kl == pytest.approx(report.quality["kl"])
+
+
+def test_a_limit_that_only_predictions_exceed_is_tried(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the finest candidates are predicted to lose is too much; what they are measured to lose decides."""
+    profiled = knobs.profiled
+
+    def dark(*arguments: Any) -> Profile:
+        profile = profiled(*arguments)
+        tensors = [
+            tensor.model_copy(update={"options": [o.model_copy(update={"loss": 1e3 + o.loss}) for o in tensor.options]})
+            for tensor in profile.tensors
+        ]
+        return profile.model_copy(update={"tensors": tuple(tensors)})
+
+    monkeypatch.setattr(knobs, "profiled", dark)
+    options: dict[str, object] = {"candidates": ["int8:g32"], "evaluation": folder / "evaluation.txt"}
+    report = compressed(folder, "dark", budget="kl=0.5", **options)
+    assert report.quality is not None
+    kl = report.quality["kl"]
+    assert 0 < kl < 0.5
+    with pytest.raises(InfeasibleBudgetError, match="the nearest that was reached"):
+        compressed(folder, "never", budget=f"kl={kl / 2:.9f}", **options)
+    assert not (folder / "never").exists()
 
 
 @pytest.mark.parametrize("budget", ["400x", "31bpw"])

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +64,21 @@ class Knob(ABC):
 
 @dataclass(frozen=True)
 class Measure:
-    """A measured loss, its standard error where there is one, and on how many tokens."""
+    """A measured loss.
+
+    Attributes:
+        cost: KL, or increase of perplexity.
+        error: its standard error, where there is one.
+        tokens: that it was measured on.
+        quality: all that was measured, as ``tenpak evaluate --json`` prints it.
+        files: SHA-256 of the files that were measured, by name; files that hash the same need no second measurement.
+    """
 
     cost: float
     error: float | None
     tokens: int
+    quality: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

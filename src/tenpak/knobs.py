@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from tenpak.allocation.allocate import DENSE, allocate, smallest
+from tenpak.allocation.allocate import DENSE, allocate, finest, smallest
 from tenpak.allocation.budget import Budget, Trial
 from tenpak.allocation.budget import search as find
 from tenpak.allocation.profile import Profile
@@ -137,7 +137,13 @@ class Room(Knob):
         fixed = fixed_by(self.original)
         self._profile = profiled(search.task, self.candidates, fixed, search.root, search.progress)
         self._shard_bytes = search.max_shard_bytes
-        plan = allocate(self._profile, budget, max_shard_bytes=self._shard_bytes)
+        try:
+            plan = allocate(self._profile, budget, max_shard_bytes=self._shard_bytes)
+        except InfeasibleBudgetError:
+            if budget.is_size:
+                raise
+            # What the best plan loses is only predicted; measuring it decides.
+            return float(finest(self._profile, max_shard_bytes=self._shard_bytes)), 0.0
         assert plan.bytes is not None  # it was made just now
         parameters = search.task.job.plan.parameters
         return float(budget.bytes(parameters) if budget.is_size else plan.bytes), 0.0

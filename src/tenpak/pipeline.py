@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import glob
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -17,11 +17,8 @@ from typing import Any
 
 from tenpak.allocation.budget import Budget
 from tenpak.artifact.leftovers import remove_unused
-from tenpak.artifact.writer import (
-    MAX_SHARD_BYTES,
-    ArtifactWriter,
-    check_output,
-)
+from tenpak.artifact.schema import MANIFEST_NAME, load_manifest
+from tenpak.artifact.writer import MAX_SHARD_BYTES, ArtifactWriter, check_output
 from tenpak.calibrating import DEFAULT_TOKENS
 from tenpak.dial import Found, Knob, Measure, Search, dial, promise, report_of
 from tenpak.errors import ArtifactError, BudgetError, CalibrationError, CodecError
@@ -148,7 +145,9 @@ def compress(
     steps = chosen_steps(task, tuning, by_default=spent is not None)
     with ExitStack() as stack:
         root = _opened(out, work, _run(task, "by budget" if spent else job.recipe, choice), stack)
-        measure = partial(_measured_pass, root.folder / "passes" / "artifact", evaluation, spent, progress)
+        passed = root.folder / "passes" / "artifact"
+        writer = partial(ArtifactWriter, passed, overwrite=True, max_shard_bytes=max_shard_bytes)
+        measure = partial(_measured_pass, writer, evaluation, spent, progress)
         found, units = _encoded(Search(task, root, measure, steps, max_shard_bytes, progress), knob, spent, stack)
         publish(found.task, units, ArtifactWriter(out, overwrite=overwrite, max_shard_bytes=max_shard_bytes), progress)
     return _recorded(out, found, spent, len(units.reused), started, evaluation, shared, progress)
@@ -171,10 +170,17 @@ def _recorded(
     search = None if spent is None else report_of(found, spent)
     if evaluation is not None:
         record(out, report.with_search(search), source)  # measuring may fail or be interrupted
-        report = report.with_quality({**evaluate_apart(out, found.task, evaluation, progress), "overlap": shared})
+        quality = _known(out, found) or evaluate_apart(out, found.task, evaluation, progress)
+        report = report.with_quality({**quality, "overlap": shared})
     if spent is not None and search is not None:
         search |= {"promise": promise(report, spent)}
     return record(out, report.with_search(search), source)
+
+
+def _known(out: Path, found: Found) -> dict[str, Any]:
+    """What a search has measured of the same files; nothing where these are others."""
+    same = found.measure is not None and found.measure.files == load_manifest(out / MANIFEST_NAME).files
+    return dict(found.measure.quality) if same and found.measure is not None else {}
 
 
 def _work_folder(work: str | Path | None, out: Path, run: dict[str, Any]) -> Path:
@@ -241,7 +247,7 @@ def _encoded(search: Search, knob: Knob | None, spent: Budget | None, stack: Exi
 
 
 def _measured_pass(
-    folder: Path,
+    writer: Callable[[], ArtifactWriter],
     evaluation: str | Path | None,
     spent: Budget | None,
     progress: Progress | None,
@@ -251,9 +257,11 @@ def _measured_pass(
     """The loss of a pass: written, and measured from its files in a fresh process."""
     assert evaluation is not None  # the budget was checked
     assert spent is not None  # nothing is measured without one
-    publish(task, units, ArtifactWriter(folder, overwrite=True), progress)
-    found, name = evaluate_apart(folder, task, evaluation, progress), "kl" if spent.kind == "kl" else "ppl_increase"
-    return Measure(found[name], found[f"{name}_se"], found["tokens"])
+    output = writer()
+    publish(task, units, output, progress)
+    found, name = evaluate_apart(output.out, task, evaluation, progress), "kl" if spent.kind == "kl" else "ppl_increase"
+    files = load_manifest(output.out / MANIFEST_NAME).files
+    return Measure(found[name], found[f"{name}_se"], found["tokens"], found, files)
 
 
 def _run(task: Task, recipe: str, candidates: Candidates | None) -> dict[str, Any]:

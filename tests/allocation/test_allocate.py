@@ -12,6 +12,8 @@ from tenpak.allocation.allocate import DENSE, Rules, allocate, files_bytes
 from tenpak.allocation.budget import Budget
 from tenpak.allocation.profile import Option, Profile, ProfiledTensor, ProfileSource
 from tenpak.allocation.saved_plan import SavedPlan
+from tenpak.artifact.schema import CODES_SUFFIX
+from tenpak.artifact.writer import predicted_bytes
 from tenpak.errors import AllocationError, InfeasibleBudgetError, RecipeError
 from tenpak.plans import rules_of
 
@@ -66,6 +68,24 @@ def test_sizes_are_those_of_the_files(profile: Profile, bits: float) -> None:
     assert plan.loss == pytest.approx(loss(plan))
     assert plan.bound is not None
     assert plan.bound <= loss(plan) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("bits", [2.6, 4.0, 30.0])
+def test_vectors_are_counted_as_they_are_stored(profile: Profile, bits: float) -> None:
+    """In BF16 beside the flagship codec, in their own dtype where no tensor takes it."""
+    flagship = Option(recipe="trellis:0.5", bytes=SIZE // 4, loss=0.02)
+    tensors = [t.model_copy(update={"options": (*t.options, flagship)}) for t in profile.tensors if t.options]
+    norm = ProfiledTensor(name="n", dtype="F32", shape=(640,), bytes=2560, group="n", narrowed="BF16")
+    mixed = profile.model_copy(update={"tensors": (*tensors, norm)})
+    plan = allocate(mixed, Budget("bpw", bits))
+    taken = "trellis:0.5" in recipes(plan).values()
+    rows = [(t.name + CODES_SUFFIX, "U8", (t.bytes,), t.bytes) for t in plan.tensors if t.recipe != DENSE and t.bytes]
+    rows += [(t.name, "F32", (64, 64), 4 * SIZE) for t in plan.tensors if t.recipe == DENSE]
+    rows.append(("n", "BF16", (640,), 1280) if taken else ("n", "F32", (640,), 2560))
+    assert taken == (bits < 30)
+    order = {t.name: place for place, t in enumerate(mixed.tensors)}
+    rows.sort(key=lambda row: order[row[0].removesuffix(CODES_SUFFIX)])
+    assert plan.bytes == predicted_bytes(rows, 10**12)
 
 
 def test_no_swap_within_the_budget_is_better(profile: Profile) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tenpak.allocation.plan import EMBEDDING_CODEC, Override, Plan, make_plan
 from tenpak.checkpoint.structure import Kind, Weight
 from tenpak.codecs.base import Codec
+from tenpak.codecs.trellis import Trellis
 from tenpak.codecs.uniform import Uniform
 from tenpak.errors import RecipeError
 
@@ -58,6 +61,25 @@ def test_dense_recipe_leaves_everything_with_a_reason() -> None:
     plan = make_plan(WEIGHTS, None)
     assert set(codecs(plan).values()) == {None}
     assert {entry.reason for entry in plan.entries} == {"the recipe is dense", "1-D"}
+
+
+@pytest.mark.parametrize(
+    ("codec", "overrides", "dtype"),
+    [
+        (Trellis(step=0.1), (), "BF16"),
+        (None, (Override("*k_proj*", Trellis(step=0.1)),), "BF16"),
+        (Trellis(step=0.1), (Override("*", INT4),), "F32"),  # which no tensor takes
+        (INT4, (), "F32"),
+    ],
+)
+def test_vectors_are_narrow_beside_the_flagship(
+    codec: Codec | None, overrides: tuple[Override, ...], dtype: str
+) -> None:
+    vectors = (weight("model.norm.weight", "dense", reason="1-D"), weight("mask", "dense", reason="a buffer"))
+    vectors = tuple(replace(vector, shape=(8,)) for vector in vectors)
+    plan = make_plan((*WEIGHTS[:4], *vectors), codec, overrides)
+    assert {e.weight.name: e.dtype for e in plan.entries[-2:]} == {"model.norm.weight": dtype, "mask": "F32"}
+    assert {e.dtype for e in plan.entries[:-2]} == {"F32"}  # matrices that stay dense are not touched
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,12 @@ from tenpak.allocation.saved_plan import PlannedTensor, SavedPlan
 from tenpak.allocation.solver import Solution, solve
 from tenpak.artifact.schema import CODES_SUFFIX
 from tenpak.artifact.writer import MAX_SHARD_BYTES, predicted_bytes
+from tenpak.checkpoint.header import DTYPE_BYTES
+from tenpak.codecs.trellis import Trellis
 from tenpak.errors import AllocationError, InfeasibleBudgetError
+from tenpak.recipes import parse
 
-__all__ = ["DENSE", "Rules", "allocate", "files_bytes", "smallest"]
+__all__ = ["DENSE", "Rules", "allocate", "files_bytes", "finest", "smallest"]
 
 DENSE = "dense"
 _ROUNDS = 6
@@ -78,13 +81,23 @@ def smallest(profile: Profile, rules: Rules | None = None, *, max_shard_bytes: i
     return files_bytes(profile, _least(_grouped(profile, rules or Rules()), 0), max_shard_bytes)
 
 
+def finest(profile: Profile, rules: Rules | None = None, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> int:
+    """Size of the weight files of the plan with the least predicted loss. Raises AllocationError as ``allocate`` does."""
+    return files_bytes(profile, _least(_grouped(profile, rules or Rules()), 1), max_shard_bytes)
+
+
 def files_bytes(profile: Profile, chosen: Mapping[str, Option], max_shard_bytes: int = MAX_SHARD_BYTES) -> int:
     """Size of the weight files with these options; tensors that are not named stay dense."""
     rows: list[tuple[str, str, tuple[int, ...], int]] = []
+    narrow = any(isinstance(parse(recipe), Trellis) for recipe in {option.recipe for option in chosen.values()})
     for tensor in profile.tensors:
         option = chosen.get(tensor.name)
         if option is None or option.recipe == DENSE:
-            rows.append((tensor.name, tensor.dtype, tensor.shape, tensor.bytes))
+            if narrow and tensor.narrowed is not None:
+                size = math.prod(tensor.shape) * DTYPE_BYTES[tensor.narrowed]
+                rows.append((tensor.name, tensor.narrowed, tensor.shape, size))
+            else:
+                rows.append((tensor.name, tensor.dtype, tensor.shape, tensor.bytes))
         else:
             rows.append((tensor.name + CODES_SUFFIX, "U8", (option.bytes,), option.bytes))
     return predicted_bytes(rows, max_shard_bytes)

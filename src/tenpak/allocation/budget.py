@@ -141,7 +141,8 @@ def search(
     if not within:
         nearest = min(trials, key=lambda trial: trial.cost)
         raise InfeasibleBudgetError(
-            f"the budget {limit:g} cannot be met: the nearest that was reached is {nearest.cost:g}"
+            f"the budget {limit:g} cannot be met: the nearest that was reached is {nearest.cost:g}",
+            hint="allow more than that",
         )
     best = max(within, key=lambda trial: trial.cost)
     return [*(trial for trial in trials if trial is not best), best]

@@ -4,7 +4,8 @@ A bare recipe covers the matrices of the blocks, experts included. Embeddings an
 are set. ``--set PATTERN=RECIPE`` decides for the tensors that the pattern matches; the last match wins. A pattern is
 compared with the tensor's name, with the name without ``.weight``, and with every dotted tail of both.
 
-Vectors (norms, biases) stay dense, in their own dtype; with the flagship codec those in FP32 are stored in BF16.
+Vectors (norms, biases) stay dense, in their own dtype; where the flagship codec has any tensor, those in FP32 are stored
+in BF16.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from tenpak.artifact.schema import CODES_SUFFIX
 from tenpak.checkpoint.header import DTYPE_BYTES
@@ -32,6 +34,7 @@ __all__ = [
     "is_vector",
     "make_plan",
     "matches",
+    "narrow_dtype",
     "stored_rows",
 ]
 
@@ -106,12 +109,15 @@ def make_plan(weights: Sequence[Weight], codec: Codec | None, overrides: Sequenc
         _require_match(override, weights)
     entries = tuple(_entry(weight, codec, overrides) for weight in weights)
     _require_whole_stacks(entries)
+    if any(isinstance(entry.codec, Trellis) for entry in entries):
+        # Vectors in FP32 are a per cent and more of a small model: too much beside a codec that counts every bit.
+        entries = tuple(replace(entry, narrowed=narrow_dtype(entry.weight)) for entry in entries)
     return Plan(entries)
 
 
 def _entry(weight: Weight, codec: Codec | None, overrides: Sequence[Override]) -> PlanEntry:
     if weight.kind == "dense":
-        return PlanEntry(weight, None, weight.reason, _narrowed(weight, codec))
+        return PlanEntry(weight, None, weight.reason)
     for override in reversed(overrides):
         if matches(override.pattern, weight.name):
             reason = "" if override.codec else f"set dense by {override.pattern!r}"
@@ -121,11 +127,6 @@ def _entry(weight: Weight, codec: Codec | None, overrides: Sequence[Override]) -
     if weight.kind in ("embedding", "head"):
         return PlanEntry(weight, EMBEDDING_CODEC)
     return PlanEntry(weight, codec)
-
-
-def _narrowed(weight: Weight, codec: Codec | None) -> str | None:
-    """Vectors in FP32 are a per cent and more of a small model; where a codec counts every bit, they take 16 each."""
-    return "BF16" if isinstance(codec, Trellis) and weight.dtype == "F32" and is_vector(weight) else None
 
 
 def _require_whole_stacks(entries: Sequence[PlanEntry]) -> None:
@@ -149,6 +150,11 @@ def is_vector(weight: Weight) -> bool:
     """Whether the tensor is a whole floating-point parameter of one dimension: a norm or a bias."""
     floating = TORCH_DTYPES[weight.dtype].is_floating_point
     return len(weight.shape) == 1 and floating and is_parameter(weight) and not weight.restructured
+
+
+def narrow_dtype(weight: Weight) -> Literal["BF16"] | None:
+    """Safetensors name of the dtype in which a vector is stored beside the flagship codec; None for its own."""
+    return "BF16" if weight.kind == "dense" and weight.dtype == "F32" and is_vector(weight) else None
 
 
 def matches(pattern: str, name: str) -> bool:

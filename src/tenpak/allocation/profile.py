@@ -109,6 +109,7 @@ class ProfiledTensor(Strict):
         group: the name of the first of the tensors that always share a codec: experts of a layer.
         fused: names what engines fuse it into (queries, keys and values of a block; gate and up), or None.
         options: its candidates; none where it cannot be compressed.
+        narrowed: safetensors name of a narrower dtype in which it stays beside the flagship codec, or None.
     """
 
     name: str
@@ -118,6 +119,7 @@ class ProfiledTensor(Strict):
     group: str
     fused: str | None = None
     options: tuple[Option, ...] = ()
+    narrowed: Literal["BF16"] | None = None
 
 
 class ProfileSource(Strict):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tenpak.allocation.allocate import DENSE
 from tenpak.allocation.patterns import alike
-from tenpak.allocation.plan import PlanEntry
+from tenpak.allocation.plan import PlanEntry, narrow_dtype
 from tenpak.allocation.profile import Option, Profile, ProfiledTensor, ProfileSource
 from tenpak.allocation.sensitivity import predicted_loss
 from tenpak.calibration.statistics import StatisticsFolder
@@ -144,6 +144,7 @@ def _tensors(entries: Sequence[PlanEntry], options: Mapping[str, tuple[Option, .
             group=groups.get(entry.weight.name, entry.weight.name),
             fused=fused.get(entry.weight.name),
             options=options.get(entry.weight.name, ()),
+            narrowed=narrow_dtype(entry.weight),
         )
         for entry in entries
     )

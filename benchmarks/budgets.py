@@ -9,10 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from quality import TOKENS, WINDOW, cases, compressed, shared
+from quality import BUNDLED, TOKENS, WINDOW, cases, compressed, shared
 
 BUDGETS = ("10x", "12x")
-HEADLINE = "tinystories-3.7m, own text"  # a short text: ratios only
 RIVALS = ("gptq-int4:g32", "gptq-int3:g32")  # embeddings int8
 WAYS = {"propagation": (), "no propagation": ("--propagation", "none")}
 
@@ -35,15 +34,15 @@ def runs() -> Iterator[tuple[str, str, tuple[str, ...], Path, Path, Path]]:
     for case, (model, calibration, text) in cases().items():
         for budget in BUDGETS:
             yield case, budget, ("--target", budget), model, calibration, text
-        if case != HEADLINE:
+        if case != BUNDLED:
             yield case, "10x, not tuned", ("--target", "10x", "--tune", "0"), model, calibration, text
-        if web.is_file() and case != HEADLINE:
+        if web.is_file() and case != BUNDLED:
             yield case, "10x, calibrated on web text", ("--target", "10x"), model, web, text
 
 
 def run_rivals() -> dict[str, Any]:
     """GPTQ, with later blocks corrected for earlier ones and without, and its bytes as a budget, without tuning."""
-    chosen = {case: paths for case, paths in cases().items() if case.endswith("stories")}
+    chosen = {case: paths for case, paths in cases().items() if case != BUNDLED}
     tasks = [(case, rival) for case in chosen for rival in RIVALS]
 
     def against(task: tuple[str, str]) -> dict[str, Any]:

@@ -7,10 +7,13 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+# Under these names a result holds its cases, which a later run may measure again one by one.
+CASES = ("cases", "models")
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -35,12 +38,32 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write(name: str, result: dict[str, Any]) -> Path:
-    """Write ``results/<name>.json`` with the environment."""
+def write(name: str, result: dict[str, Any], *, part: bool = False) -> Path:
+    """Write ``results/<name>.json`` with the environment.
+
+    Args:
+        name: of the benchmark.
+        result: what it found.
+        part: put its cases in the place of those that are there, each with the environment that it was measured in
+            under ``environments``, and leave the others.
+    """
     RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"environment": environment(), **result}, indent=2) + "\n")
+    path, now = RESULTS / f"{name}.json", environment()
+    content = {"environment": now, **result}
+    if part and path.is_file():
+        content = json.loads(path.read_text())
+        measured = {case: found for key in CASES for case, found in result.get(key, {}).items()}
+        for key in set(CASES) & result.keys():
+            content[key] |= result[key]
+        content["environments"] = {**content.get("environments", {}), **dict.fromkeys(measured, now)}
+    path.write_text(json.dumps(content, indent=2) + "\n")
     return path
+
+
+def environments(result: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What parts of a result were measured in: its own, under an empty name, and those of cases measured later."""
+    yield "", result["environment"]
+    yield from result.get("environments", {}).items()
 
 
 def _git(*arguments: str) -> str:

@@ -1,6 +1,6 @@
 """Bars of rounding with feedback: KL at the same bytes, to nearest, with GPTQ, and with propagation on top.
 
-Three models with the same texts; 65,536 tokens of calibration. Needs the shared models and texts.
+Models with texts of their kind; 65,536 tokens of calibration. Needs the shared models and texts.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from quality import TOKENS, WINDOW, cases, measure
+from quality import BUNDLED, TOKENS, WINDOW, cases, measure
 
 ROWS = {
     f"{way}, int{bits}": (f"{prefix}int{bits}:g32", options)
@@ -26,7 +26,7 @@ def run() -> Iterator[dict[str, Any]]:
     """The results so far, after each model."""
     results = {}
     for case, paths in cases().items():
-        if not case.endswith("stories"):
+        if case == BUNDLED:
             continue
         with ThreadPoolExecutor(2) as pool:
             found = pool.map(lambda row, paths=paths: measure(*row, *paths), ROWS.values())

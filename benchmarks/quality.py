@@ -22,6 +22,8 @@ from tenpak.recipes import PRESETS
 
 WINDOW = 256
 TOKENS = 65_536  # of the calibration text
+BUNDLED = "tinystories-3.7m, own text"  # a short text
+REFERENCE = "ref-8m, WikiText-2"
 # Beyond the presets: what rounding with feedback does at the same bytes, and what propagation adds to it.
 CALIBRATED = {
     "int4-g32, gptq": ("gptq-int4:g32", ()),
@@ -35,6 +37,15 @@ CALIBRATED = {
 FEW = ("int4-g32", "int3-g32", *CALIBRATED)
 
 
+_only: str | None = None
+
+
+def only(words: str | None) -> None:
+    """Leave out the cases whose names do not hold these words; None for all."""
+    global _only
+    _only = words
+
+
 def shared() -> Path:
     """The folder of models and texts that are not part of the repository."""
     return Path(os.environ.get("TENPAK_SHARED", ROOT.parent / "shared"))
@@ -44,7 +55,7 @@ def cases() -> dict[str, tuple[Path, Path, Path]]:
     """Model name → its folder, the text to calibrate on and the text to measure on."""
     bundled = ROOT / "models" / "tinystories-3.7m"
     own = bundled / "texts"
-    found = {"tinystories-3.7m, own text": (bundled, own / "calibration.txt", own / "evaluation.txt")}
+    found = {BUNDLED: (bundled, own / "calibration.txt", own / "evaluation.txt")}
     stories = shared() / "data" / "tinystories_train.txt", shared() / "data" / "tinystories_eval.txt"
     if all(path.is_file() for path in stories):
         for name in ("babyllama-tok105-0.94m", "stories260k"):
@@ -53,15 +64,18 @@ def cases() -> dict[str, tuple[Path, Path, Path]]:
         found["tinystories-3.7m, stories"] = (bundled, *stories)
     else:
         print(f"no shared models and texts at {shared()}: only the bundled model is measured", file=sys.stderr)
-    return found
+    reference, wiki = ROOT / "models" / "ref-8m", shared() / "data" / "wikitext2_test.raw.txt"
+    if reference.is_dir() and wiki.is_file():
+        found[REFERENCE] = reference, reference / "texts" / "calibration.txt", wiki
+    return {name: paths for name, paths in found.items() if _only is None or _only in name}
 
 
 def run() -> Iterator[dict[str, Any]]:
     """The results so far, after each case: a run that is stopped has measured something."""
     results: dict[str, dict[str, Any]] = {}
     recipes = {**{name: (preset.recipe, ()) for name, preset in PRESETS.items()}, **CALIBRATED}
-    for number, (case, paths) in enumerate(cases().items()):
-        chosen = recipes if number == 0 else {name: recipes[name] for name in FEW}
+    for case, paths in cases().items():
+        chosen = recipes if case == BUNDLED else {name: recipes[name] for name in FEW}
         # One command at a time per core, one thread each: most of a command is starting.
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             found = pool.map(lambda row, paths=paths: measure(*row, *paths), chosen.values())

@@ -18,6 +18,8 @@ from typing import Any
 
 import findings
 import picture
+from environment import environments
+from quality import BUNDLED
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -25,7 +27,6 @@ PAGES = (
     "README.md", "docs/measurements.md", "docs/calibration.md", "docs/trellis.md", "docs/policies.md",
     "docs/findings.md", "docs/allocation.md",
 )  # fmt: skip
-HEADLINE = "tinystories-3.7m, own text"
 _BASE = "gptq, propagation original (the default)"
 _SLOT = re.compile(r"(<!-- table: ([a-z]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
@@ -54,7 +55,7 @@ def main() -> None:
 
 def headline() -> str:
     """The bundled model on its own text."""
-    return quality_table(load("quality")["cases"][HEADLINE])
+    return quality_table(load("quality")["cases"][BUNDLED])
 
 
 def feedback() -> str:
@@ -366,9 +367,10 @@ def machine() -> str:
         "seeds",
         "mixtures",
     ):
-        env = load(name)["environment"]
-        versions = ", ".join(f"{package} {number}" for package, number in env["versions"].items())
-        lines.append(f"- {name}: {env['cpu']}, {env['cores']} cores, {versions}; commit `{env['commit'][:12]}`")
+        for case, env in environments(load(name)):
+            versions = ", ".join(f"{package} {number}" for package, number in env["versions"].items())
+            what = f"{name}, {case}" if case else name
+            lines.append(f"- {what}: {env['cpu']}, {env['cores']} cores, {versions}; commit `{env['commit'][:12]}`")
     return "\n".join(lines) + "\n"
 
 

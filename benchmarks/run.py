@@ -3,12 +3,15 @@
     python benchmarks/run.py [speed] [footprint] [large] [codecs] [quality] [feedback] [ablation] [trellis] [budgets]
                              [rivals] [policies] [mixtures] [ingredients] [seeds]
     python benchmarks/run.py peers | frontier   by name only: they install another library
+    python benchmarks/run.py budgets --case ref-8m
+                             only the cases whose names hold these words; the others keep the figures they have
 
 Then ``python benchmarks/render.py`` renders the tables that README and docs show.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 import ablation
@@ -43,19 +46,29 @@ BENCHMARKS = {
     "seeds": seeds.run,
 }
 BY_NAME_ONLY = {"peers": peers.run, "frontier": frontier.run}
+WITH_CASES = ("quality", "feedback", "budgets", "rivals")
 
 
 def main() -> None:
-    names = sys.argv[1:] or list(BENCHMARKS)
     known = {**BENCHMARKS, **BY_NAME_ONLY}
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        sys.exit(f"no benchmark {unknown[0]!r}; there are {', '.join(known)}")
-    for name in names:
+    parser = argparse.ArgumentParser(description="Run benchmarks.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(known))
+    parser.add_argument("--case", help=f"only cases whose names hold this, of {', '.join(WITH_CASES)}")
+    options = parser.parse_args()
+    for name in options.names:
+        if name not in known:
+            sys.exit(f"no benchmark {name!r}; there are {', '.join(known)}")
+    if options.case is not None:
+        quality.only(options.case)
+        if not quality.cases() or not {*options.names} <= {*WITH_CASES}:
+            sys.exit(
+                f"no case {options.case!r}, or one of a benchmark that has none; {', '.join(WITH_CASES)} have cases"
+            )
+    for name in options.names or (BENCHMARKS if options.case is None else WITH_CASES):
         print(f"{name} …", file=sys.stderr)
         result = known[name]()
         for part in [result] if isinstance(result, dict) else result:
-            print(write(name, part))
+            print(write(name, part, part=options.case is not None))
 
 
 if __name__ == "__main__":

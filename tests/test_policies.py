@@ -256,7 +256,12 @@ def _sensitivity(source: Path) -> dict[str, float]:
     weights = [entry.weight for entry in job.plan.entries]
     found = places(weights)
     groups = [[weight] for weight in weights if weight.name in found]
-    return dict(zip((g[0].name for g in groups), sensitivities(job.checkpoint, groups, found), strict=True))
+    steps: list[tuple[str, int, int]] = []
+    weighed = sensitivities(job.checkpoint, groups, found, progress=lambda *step: steps.append(step))
+    total = sum(weight.numel for group in groups for weight in group)
+    assert steps[-1] == ("weighing", total, total)
+    assert sorted(steps) == steps
+    return dict(zip((g[0].name for g in groups), weighed, strict=True))
 
 
 def test_sensitivities_do_not_depend_on_threads(models: Any) -> None:

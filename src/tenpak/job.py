@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,12 +44,14 @@ def open_job(
     statistics: str | Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Job:
     """Open a model and plan its compression; reads headers only, and weights that are stored twice.
 
     Where no recipe is given it is ``DEFAULT_RECIPE``, the policy's own, or ``dense`` with a plan (a file). What policy
     or plan decide comes before the overrides that are given, which win; some policies read every weight, or the
-    statistics (a folder), and a plan is compared with the weights that it was made for.
+    statistics (a folder), and a plan is compared with the weights that it was made for. ``progress`` is told of what a
+    policy reads.
 
     Raises:
         RecipeError: the recipe, an override or the policy cannot be used.
@@ -75,7 +77,7 @@ def open_job(
     weights = tuple(_settle_tie(checkpoint, weight) for weight in weights)
     if policy is not None:
         known = None if statistics is None else StatisticsFolder(statistics)
-        overrides = (*apply(policy, weights, checkpoint, recipe, known), *overrides)
+        overrides = (*apply(policy, weights, checkpoint, recipe, known, progress), *overrides)
     if saved is not None:
         overrides = (*planned(saved, weights, checkpoint), *overrides)
     return Job(checkpoint, model.config, _planned(weights, recipe, overrides), recipe, tuple(overrides))

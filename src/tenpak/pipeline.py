@@ -127,6 +127,7 @@ def compress(
         statistics=statistics,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        progress=progress,
     )
     job, knob = _turnable(job, spent, choice, calibrated=calibration != "none")
     check_text(job, evaluation, trust_remote_code)

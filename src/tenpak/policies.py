@@ -128,7 +128,12 @@ def refuse_budget(policy: Policy | str | None, budget: str | None) -> None:
 
 
 def apply(
-    policy: Policy, weights: Sequence[Weight], checkpoint: Checkpoint, recipe: str, known: StatisticsFolder | None
+    policy: Policy,
+    weights: Sequence[Weight],
+    checkpoint: Checkpoint,
+    recipe: str,
+    known: StatisticsFolder | None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> tuple[str, ...]:
     """The overrides that a policy stands for, as ``--set`` takes them.
 
@@ -139,6 +144,7 @@ def apply(
         recipe: what the policy builds on: that of the tensors which low rank leaves alone, or an ``int`` recipe whose
             bits or groups are changed.
         known: statistics of the original model, for ``buckets-fisher``.
+        progress: told of the weights that are read, see ``sensitivities``.
 
     Raises:
         RecipeError: no tensor is what the policy is about (the message lists the layers), or the recipe is no ``int``
@@ -154,7 +160,21 @@ def apply(
         regrid = _regrid(policy, recipe)
         wanted = [(group, regrid(*_level(found[group[0].name]))) for group in groups]
     else:
-        wanted = _bucketed(policy, recipe, groups, found, checkpoint, known)
+        if policy.name != "buckets-fisher":
+            known = None
+        elif known is None:
+            raise MissingStatisticsError(
+                "the policy buckets-fisher needs statistics of the model",
+                hint="collect them, `tenpak calibrate MODEL -o FOLDER`, and give --statistics FOLDER; or take buckets",
+            )
+        else:
+            known.require_source(checkpoint)
+        regrid = _regrid(policy, recipe)
+        weighed = sensitivities(checkpoint, groups, found, known, progress)
+        wanted = [
+            (group, regrid(None, next(size for above, size in _BUCKETS if sensitivity > above)))
+            for group, sensitivity in zip(groups, weighed, strict=True)
+        ]
     if not wanted:
         raise _nothing(policy, groups, found)
     overrides = covering(weights, parse(recipe), wanted)
@@ -181,31 +201,6 @@ def _level(place: Place) -> tuple[int, int]:
     if place.boundary or place.part in ("q", "k", "qkv", "other"):
         return _FINE
     return _COARSE if place.part in ("up", "down") else _MIDDLE
-
-
-def _bucketed(
-    policy: Policy,
-    recipe: str,
-    groups: Sequence[Group],
-    found: dict[str, Place],
-    checkpoint: Checkpoint,
-    known: StatisticsFolder | None,
-) -> list[tuple[Group, Codec]]:
-    if policy.name != "buckets-fisher":
-        known = None
-    elif known is None:
-        raise MissingStatisticsError(
-            "the policy buckets-fisher needs statistics of the model",
-            hint="collect them, `tenpak calibrate MODEL -o FOLDER`, and give --statistics FOLDER; or take buckets",
-        )
-    else:
-        known.require_source(checkpoint)
-    regrid, bits = _regrid(policy, recipe), None
-    sizes = [
-        next(size for above, size in _BUCKETS if sensitivity > above)
-        for sensitivity in sensitivities(checkpoint, groups, found, known)
-    ]
-    return [(group, regrid(bits, size)) for group, size in zip(groups, sizes, strict=True)]
 
 
 def _regrid(policy: Policy, recipe: str) -> Callable[[int | None, int], Codec]:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 import tenpak
 from tenpak.calibration.experts import experts, pooled, rows_before
+from tenpak.calibration.merging import merge
 from tenpak.calibration.skeleton import OUTSIDE
-from tenpak.calibration.statistics import FILE_NAME, StatisticsFolder, merge, part_name
+from tenpak.calibration.statistics import FILE_NAME, StatisticsFolder, part_name
 from tenpak.checkpoint.structure import Weight
 from tenpak.codecs.base import Statistics
 from tenpak.errors import CalibrationError, OutputExistsError
@@ -49,7 +50,10 @@ UP = "model.layers.1.mlp.up_proj.weight"
 
 
 def test_merging_weighs_by_counts(folder: Path, tmp_path: Path) -> None:
-    merge([folder / "first", folder / "second"], tmp_path / "merged")
+    steps: list[tuple[str, int, int]] = []
+    merge([folder / "first", folder / "second"], tmp_path / "merged", progress=lambda *step: steps.append(step))
+    assert steps == [("merging", done, len(steps)) for done in range(1, len(steps) + 1)]
+    assert len(steps) == len(StatisticsFolder(folder / "first").parts)
     a, b, both = (of(folder, path, UP) for path in (folder / "first", folder / "second", tmp_path / "merged"))
     assert a.count is not None
     assert b.count is not None

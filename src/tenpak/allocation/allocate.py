@@ -82,7 +82,7 @@ def smallest(profile: Profile, rules: Rules | None = None, *, max_shard_bytes: i
 
 
 def finest(profile: Profile, rules: Rules | None = None, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> int:
-    """Size of the weight files of the plan with the least predicted loss. Raises AllocationError as ``allocate`` does."""
+    """Size of the weight files of the plan that is predicted to lose least. Raises as ``smallest`` does."""
     return files_bytes(profile, _least(_grouped(profile, rules or Rules()), 1), max_shard_bytes)
 
 

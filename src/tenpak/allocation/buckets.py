@@ -16,7 +16,7 @@ group and shared by its weights, since groups are paid for by the weight. Two wa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -53,6 +53,7 @@ def sensitivities(
     groups: Sequence[Sequence[Weight]],
     places: Mapping[str, Place],
     known: StatisticsFolder | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> list[float]:
     """The sensitivity of each group, 0 to 1; *fisher* with statistics and *simple* without. Reads every tensor once.
 
@@ -61,6 +62,7 @@ def sensitivities(
         groups: tensors that are encoded alike.
         places: of all of them.
         known: statistics of the original model.
+        progress: called with the phase, weights done and weights in all.
 
     Raises:
         CheckpointError: a tensor cannot be read.
@@ -73,7 +75,13 @@ def sensitivities(
     def measure(weight: Weight) -> _Measured:
         return _measured(weight, checkpoint.read(weight.name), known, before.get(weight.name, 0))
 
-    found = dict(zip((weight.name for weight in order), ordered_map(measure, order), strict=True))
+    found: dict[str, _Measured] = {}
+    done, total = 0, sum(weight.numel for weight in order)
+    for weight, measured in zip(order, ordered_map(measure, order), strict=True):
+        found[weight.name] = measured
+        done += weight.numel
+        if progress is not None:
+            progress("weighing", done, total)
     shares = [_share([found[weight.name] for weight in group], group[0], places, known) for group in groups]
     largest = max(shares, default=0.0)
     return [share / largest if largest > 0 else 0.0 for share in shares]

@@ -4,7 +4,7 @@ A bare recipe covers the matrices of the blocks, experts included. Embeddings an
 are set. ``--set PATTERN=RECIPE`` decides for the tensors that the pattern matches; the last match wins. A pattern is
 compared with the tensor's name, with the name without ``.weight``, and with every dotted tail of both.
 
-Vectors (norms, biases) stay dense, in their own dtype; where the flagship codec has any tensor, those in FP32 are stored
+Vectors (norms, biases) stay dense, in their own dtype; where the flagship codec has a tensor, those in FP32 are stored
 in BF16.
 """
 

@@ -9,8 +9,6 @@ and for each weight w with a curvature ``w.curvature`` FP32 ``[out]``; outside a
 ``input_curvature``. A table in its metadata says which weights (parameter and matrix) share an input, and how many
 tokens it saw. A part is read when one of its weights is asked for, so a model's statistics never need to be in memory
 at once. ``statistics.json`` is written last: without it a folder is not complete.
-
-Merging weighs means by their counts, which is what one pass over all texts would have given.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -34,7 +32,7 @@ from torch import Tensor
 from tenpak.artifact.leftovers import locked, remove_unused
 from tenpak.calibration.experts import experts
 from tenpak.calibration.skeleton import OUTSIDE
-from tenpak.calibration.sums import InputSums, Key, Sums
+from tenpak.calibration.sums import Key, Sums
 from tenpak.checkpoint.source import Checkpoint, source_sha256
 from tenpak.checkpoint.structure import Weight
 from tenpak.codecs.base import Statistics
@@ -43,8 +41,8 @@ from tenpak.errors import CalibrationError, OutputExistsError
 __all__ = [
     "FILE_NAME",
     "Origin",
+    "Part",
     "StatisticsFolder",
-    "merge",
     "new_folder",
     "part_name",
     "write_part",
@@ -137,7 +135,9 @@ def write_table(folder: Path, origin: Origin, parts: Iterable[int]) -> None:
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
+    """A part as it is read: its table and its tensors by name."""
+
     table: _Table
     tensors: Mapping[str, Tensor]
 
@@ -196,7 +196,7 @@ class StatisticsFolder:
             ) from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CalibrationError(f"{path} is damaged", hint="calibrate again") from error
-        self._held: dict[int, _Part] = {}
+        self._held: dict[int, Part] = {}
         self._lock = threading.Lock()
 
         tables = {number: _read_table(self.folder / part_name(number)) for number in self.parts}
@@ -211,7 +211,7 @@ class StatisticsFolder:
                 hint="calibrate this model: tenpak calibrate MODEL -o FOLDER",
             )
 
-    def part(self, number: int) -> _Part:
+    def part(self, number: int) -> Part:
         """A part, read now; the last one is held, since a block's weights are asked for together.
 
         Raises:
@@ -310,66 +310,6 @@ def _check_free(out: Path, *, overwrite: bool) -> None:
         )
 
 
-def merge(folders: Sequence[str | Path], out: str | Path, *, overwrite: bool = False) -> Origin:
-    """Merge statistics of several texts, or shards of one, into a new folder.
-
-    Raises:
-        CalibrationError: they are of different models or were collected in different ways.
-        OutputExistsError: ``out`` exists.
-    """
-    opened = [StatisticsFolder(folder) for folder in folders]
-    first = opened[0].origin
-    for other in opened[1:]:
-        for name in ("source_sha256", "method", "window"):
-            if getattr(other.origin, name) != getattr(first, name):
-                raise CalibrationError(
-                    f"{other.folder} and {opened[0].folder} differ in {name}: "
-                    f"{getattr(other.origin, name)} and {getattr(first, name)}",
-                    hint="merge statistics of one model that were collected in one way",
-                )
-    with new_folder(Path(out), overwrite=overwrite) as folder:
-        return _merge_into(folder, opened)
-
-
-def _merge_into(out: Path, opened: Sequence[StatisticsFolder]) -> Origin:
-    first = opened[0].origin
-    for number in opened[0].parts:
-        sums = Sums()
-        extra: dict[str, Tensor] = {}
-        for shard in opened:
-            part = shard.part(number)
-            sums.add(_as_sums(part))
-            for name in ("token_frequency", "input_curvature"):
-                if name in part.tensors:
-                    weighed = part.tensors[name].double() * shard.origin.tokens
-                    extra[name] = extra[name] + weighed if name in extra else weighed
-        tokens = sum(shard.origin.tokens for shard in opened)
-        write_part(out, number, sums, {name: (value / tokens).float() for name, value in extra.items()})
-    origin = replace(
-        first,
-        text=", ".join(shard.origin.text for shard in opened),
-        text_sha256=", ".join(shard.origin.text_sha256 for shard in opened),
-        tokens=sum(shard.origin.tokens for shard in opened),
-    )
-    write_table(out, origin, opened[0].parts)
-    return origin
-
-
-def _as_sums(part: _Part) -> Sums:
-    sums = Sums()
-    for number, count in enumerate(part.table.counts):
-        hessian, mean, mean_abs = (
-            part.tensors[f"{number}.{name}"].double() for name in ("hessian", "mean", "mean_abs")
-        )
-        sums.inputs.append(InputSums(count, hessian * count, mean * count, mean_abs * count))
-    for position, (parameter, matrix, group) in enumerate(part.table.weights):
-        sums.group_of[parameter, matrix] = group
-        if f"{position}.curvature" in part.tensors:
-            curvature = part.tensors[f"{position}.curvature"].double()
-            sums.squares[parameter, matrix] = curvature * part.table.counts[group]
-    return sums
-
-
 def _read_table(path: Path) -> _Table:
     try:
         with safe_open(path, framework="pt") as file:
@@ -383,9 +323,9 @@ def _read_table(path: Path) -> _Table:
     return found
 
 
-def _read_part(path: Path) -> _Part:
+def _read_part(path: Path) -> Part:
     try:
-        return _Part(_read_table(path), load_file(path))
+        return Part(_read_table(path), load_file(path))
     except (OSError, SafetensorError) as error:
         raise _damaged(path, error) from error
 

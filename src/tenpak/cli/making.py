@@ -207,10 +207,11 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Merge statistics of several texts, or of shards of one."""
+    from tenpak.calibration.merging import merge as run
     from tenpak.calibration.statistics import StatisticsFolder
-    from tenpak.calibration.statistics import merge as run
     from tenpak.report.rows import statistics_json, statistics_rows
 
-    run(statistics, out_folder, overwrite=overwrite)
+    with progress_bar("blocks") as update:
+        run(statistics, out_folder, overwrite=overwrite, progress=update)
     content = statistics_json(StatisticsFolder(out_folder))
     print_result(content, as_json, statistics_rows(content), str(out_folder))

@@ -15,10 +15,10 @@ from typing import Any
 
 from torch import Tensor
 
-from tenpak.codecs.base import Codec, Field, Payload
+from tenpak.codecs.base import Codec, Field, Payload, Statistics
 from tenpak.errors import InvalidPayloadError, RecipeError
 
-__all__ = ["depth", "inner_payload", "joined", "joined_fields", "require_inner", "split"]
+__all__ = ["depth", "inner_payload", "joined", "joined_fields", "require_inner", "rows_only", "split"]
 
 _DEEPEST = 16
 
@@ -59,6 +59,12 @@ def joined(own: Mapping[str, Tensor], prefix: str, inner: Payload) -> dict[str, 
     """Tensors in the order of ``joined_fields``."""
     tensors = {**own, **{prefix + name: tensor for name, tensor in inner.tensors.items()}}
     return dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
+
+
+def rows_only(statistics: Statistics | None) -> Statistics | None:
+    """What is known of the rows: for a matrix of kept values, whose columns are others in every row."""
+    rows = None if statistics is None else statistics.row_weight
+    return None if rows is None else Statistics(output_curvature=rows)
 
 
 def split(payload: Payload, own: Sequence[Field], prefix: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -38,7 +38,7 @@ from torch.nn.functional import pad
 
 from tenpak.codecs.base import Codec, Field, Payload, Statistics, require_hessian, require_matrix
 from tenpak.codecs.grouping import column_importance, row_tiles
-from tenpak.codecs.nesting import inner_payload, joined, joined_fields, require_inner, split
+from tenpak.codecs.nesting import inner_payload, joined, joined_fields, require_inner, rows_only, split
 from tenpak.codecs.rounding.pruning import PAIRS, Exact, Metric, Pruning, metric, prune
 from tenpak.codecs.validation import require_choice, require_integer, require_number
 from tenpak.errors import InvalidPayloadError, RecipeError
@@ -155,14 +155,14 @@ class Sparse24(Codec):
             rounding = Pruning(weight.detach(), shared, self.sweeps)
             changes: dict[str, Any] = {"rounding": rounding}
             values = dataclasses.replace(self.values, **changes)
-            encoded = values.encode(_kept(weight, pairs), _rows_only(statistics))
+            encoded = values.encode(_kept(weight, pairs), rows_only(statistics))
             return self._payload(weight, torch.cat(rounding.pairs), encoded)
         tiles = list(prune(weight.detach(), shared, Exact(), self.sweeps))
         kept = self._encode(torch.cat([tile.values for tile in tiles]), statistics)
         return self._payload(weight, torch.cat([tile.pairs for tile in tiles]), kept)
 
     def _encode(self, kept: Tensor, statistics: Statistics | None) -> Payload:
-        return self.values.encode(kept, _rows_only(statistics))
+        return self.values.encode(kept, rows_only(statistics))
 
     def _payload(self, weight: Tensor, pairs: Tensor, values: Payload) -> Payload:
         return self.payload(weight, joined({_OWN: _packed(pairs)}, _PREFIX, values))
@@ -187,12 +187,6 @@ def _nibbles(blocks: int) -> int:
 
 def _own(shape: tuple[int, int]) -> tuple[Field, ...]:
     return (Field(_OWN, torch.uint8, (shape[0], packed_size(_nibbles(-(-shape[1] // 4)), 4))),)
-
-
-def _rows_only(statistics: Statistics | None) -> Statistics | None:
-    """What is known of the rows: columns are others in every row of the kept values."""
-    rows = None if statistics is None else statistics.row_weight
-    return None if rows is None else Statistics(output_curvature=rows)
 
 
 def _places(device: torch.device) -> Tensor:

@@ -20,6 +20,7 @@ from tenpak.codecs.pattern import Pattern
 from tenpak.codecs.residual import Residual
 from tenpak.codecs.rotated import Rotated
 from tenpak.codecs.rounding import Gptq, Nearest
+from tenpak.codecs.sparse import Sparse
 from tenpak.codecs.sparse24 import Sparse24
 from tenpak.codecs.trellis import Trellis
 from tenpak.codecs.uniform import Uniform
@@ -101,6 +102,11 @@ from tenpak.recipes import PRESETS, format, parse, parse_overrides
         ("sparse24-wanda-nf4:g64:learned", Sparse24(NormalFloat(4, 64, "learned"), "wanda")),
         ("sparse24-gptq-int3:row:damp=0.1:sweeps=0", Sparse24(Uniform(3, None, True), "sparsegpt", 0.1, 0)),
         ("sparse24-gptq-bf16:sweeps=1", Sparse24(Dense("bfloat16"), "sparsegpt", sweeps=1)),
+        ("sparse5%-int8:row", Sparse(0.05, Uniform(8, None, True))),
+        ("Sparse7%-NF4", Sparse(0.07, NormalFloat(4, 128))),
+        ("sparse12.5%-wanda-int4:g32:search", Sparse(0.125, Uniform(4, 32, search=True), "wanda")),
+        ("sparse0.0001%-bf16", Sparse(1e-6, Dense("bfloat16"))),
+        ("vq4x256+sparse50%-int8", Residual(Vector(), Sparse(0.5, Uniform(8, 128)))),
         ("lowrank32", LowRank(32, factor=Uniform(8, None, True))),
         ("mag-lowrank8:fp16", LowRank(8, kind="magnitude", factor=Dense("float16"))),
         ("plain-lowrank:bpw=2:int4", LowRank(bpw=2.0, kind="plain", factor=Uniform(4, 32))),
@@ -162,6 +168,14 @@ def test_parse(text: str, codec: Codec | None) -> None:
         (EntropyCoded(Residual(Uniform(4, 16), Dense("float16"), 3)), "ec-int4:g16+fp16~3"),
         (Residual(Vector(), Residual(Additive(), Uniform(4))), "vq4x256+aq2x8x256+int4:g32"),
         (Sparse24(Uniform(4), "sparsegpt", sweeps=1), "sparse24-gptq-int4:g32:sweeps=1"),
+        (Sparse(0.07, Uniform(8, None, True)), "sparse7%-int8:row"),
+        (Sparse(0.1 + 0.2, Dense("float16"), "wanda"), "sparse30.000000000000004%-wanda-fp16"),
+        (Sparse(1e-06, NormalFloat(4)), "sparse0.0001%-nf4:g64"),
+        (
+            Sparse(0.05, Vector()),
+            '{"id":"sparse/1","share":0.05,"values":{"id":"vector/1","dimension":4,"entries":256,"scaled":false,'
+            '"weighting":"equal","rounds":2,"damping":0.01,"seed":0},"importance":"magnitude"}',
+        ),
         (LowRank(bpw=2.5, kind="plain"), "plain-lowrank:bpw=2.5:fp16"),
         (LowRank(32, factor=Uniform(8, None, True), norm_correction=True), "lowrank32:norm"),
         (Pattern(4, terms=2, base=0), "pattern4x224:terms=2:base=0"),
@@ -206,6 +220,7 @@ stages = st.one_of(
     stages,
     st.builds(Sparse24, nearest, st.sampled_from(["magnitude", "wanda", "sparsegpt"])),
     st.builds(Sparse24, nearest, st.just("sparsegpt"), dampings, counts),
+    st.builds(Sparse, st.floats(1e-6, 0.5), nearest, st.sampled_from(["magnitude", "wanda"])),
     st.builds(
         lambda rank, kind, factor, damping, norm: LowRank(
             **rank, kind=kind, factor=factor, damping=damping, norm_correction=norm
@@ -273,7 +288,10 @@ stage_text = st.builds(
     st.sampled_from(["", "ec-", "plain-", "gptq-"]),
     st.lists(
         st.sampled_from(
-            ["sparse24-int4", "sparse24-gptq-fp16", "lowrank", "lowrank4", "pattern4x2", "vq4x16", "aq1x8x32", "int4"]
+            [
+                *("sparse24-int4", "sparse24-gptq-fp16", "sparse5%-int4", "sparse100%-wanda-fp16", "sparse0.0%-nf4"),
+                *("lowrank", "lowrank4", "pattern4x2", "vq4x16", "aq1x8x32", "int4"),
+            ]
         ),
         min_size=1,
         max_size=3,
@@ -416,6 +434,13 @@ def test_any_text_is_a_recipe_or_a_recipe_error(text: str) -> None:
         ("sparse24-fp16:g32", "'g32' is not an option", "there are none"),
         ("sparse24-wanda-int9", "bits must be an integer from 2 to 8", "2 to 8"),
         ("sparse-int4", "'sparse-int4' is not a recipe", "sparse24-int4"),
+        ("sparse5-int8", "'sparse5-int8' is not a recipe", "sparse5%-int8"),
+        ("sparse60%-int8", "share must be a number from 1e-06 to 0.5, got 0.6", "1e-06 to 0.5"),
+        ("sparse0%-int8", "share must be a number from 1e-06 to 0.5, got 0.0", "1e-06 to 0.5"),
+        ("sparse5%-int9", "bits must be an integer from 2 to 8", "2 to 8"),
+        ("sparse5%-gptq-int8", "'sparse5%-gptq-int8' is not a recipe", "sparse5%-int8"),
+        ("sparse5%-int8:damp=0.1", "'damp=0.1' is not an option", "search"),
+        ("sparse5%-fp16:row", "'row' is not an option", "there are none"),
         ("lowrank", "exactly one of a rank, bpw=, energy= and error=", "lowrank:bpw=2"),
         ("lowrank8:bpw=2", "exactly one of a rank, bpw=, energy= and error=", "lowrank32"),
         ("lowrank0", "rank must be an integer from 1 to 8192, got 0", "1 to 8192"),

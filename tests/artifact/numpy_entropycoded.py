@@ -53,6 +53,12 @@ def layout_of(codec: dict[str, Any], rows: int, columns: int) -> dict[str, tuple
             nibbles = 11 * words + math.ceil((6**pairs - 1).bit_length() / 4)
             kept = prefixed("values_", codec["values"], rows, 2 * (columns // 4) + min(2, columns % 4))
             named = {"pairs": ("u1", (rows, math.ceil(nibbles / 2)))} | kept
+        case "sparse/1":
+            kept = max(1, round(codec["share"] * columns))
+            low, size = places(columns, kept)
+            named = {"high": ("u1", (rows, math.ceil(size / 8)))}
+            named |= {"low": ("u1", (rows, math.ceil(kept * low / 8)))} if low else {}
+            named |= prefixed("values_", codec["values"], rows, kept)
         case "pattern/1":
             size = codec["size"]
             down, across = math.ceil(rows / size), math.ceil(columns / size)
@@ -79,6 +85,13 @@ def layout_of(codec: dict[str, Any], rows: int, columns: int) -> dict[str, tuple
                 named["levels"] = ("<f2", (2 ** codec["bits"],))
             named["codes"] = ("u1", (rows, math.ceil(columns * codec["bits"] / 8)))
     return dict(sorted(named.items(), key=lambda field: -np.dtype(field[1][0]).itemsize))
+
+
+def places(columns: int, kept: int) -> tuple[int, int]:
+    """Of a sparse row: the low bits of each place, with which all take the least, and the bits of the map."""
+    sizes = [kept + (columns - kept) // 2**low for low in range(17)]
+    low = min(range(17), key=lambda low: (kept * low + sizes[low], low))
+    return low, sizes[low]
 
 
 def rank_of(codec: dict[str, Any], rows: int, columns: int) -> int:

@@ -156,6 +156,10 @@ def decode_matrix(codec: dict[str, Any], fields: dict[str, np.ndarray], rows: in
         kept = {name[7:]: field for name, field in fields.items() if name.startswith("values_")}
         values = decode_matrix(codec["values"], kept, rows, 2 * (columns // 4) + min(2, columns % 4))
         return spread(values, fields["pairs"], columns)
+    if codec["id"] == "sparse/1":
+        kept = max(1, round(codec["share"] * columns))
+        inner = {name[7:]: field for name, field in fields.items() if name.startswith("values_")}
+        return put_at(decode_matrix(codec["values"], inner, rows, kept), fields, columns)
     if codec["id"] == "pattern/1":
         return put_together(codec, fields, rows, columns)
     if codec["id"] in ("vector/1", "additive/1"):
@@ -217,6 +221,23 @@ def spread(values: np.ndarray, packed: np.ndarray, columns: int) -> np.ndarray:
             pair = ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3))[word // 6 ** (block % 17) % 6]
             for value, place in zip(values[row, 2 * block : 2 * block + 2], pair, strict=False):
                 weight[row, 4 * block + place] = value
+    return weight
+
+
+def put_at(values: np.ndarray, fields: dict[str, np.ndarray], columns: int) -> np.ndarray:
+    """Kept values at their places: 1s in a row's map, each with the low bits of how many zeros come before it."""
+    rows, kept = values.shape
+    low, size = numpy_entropycoded.places(columns, kept)
+    weight = np.zeros((rows, columns), dtype=np.float32)
+    rest = unpack(fields["low"], low, kept) if low else np.zeros((rows, kept), dtype=int)
+    for row, bits in enumerate(unpack(fields["high"], 1, size)):
+        (ones,) = np.nonzero(bits)
+        require(len(ones) == kept, "another number of weights")
+        last = -1
+        for i, one in enumerate(ones):
+            place = int(one - i << low) + int(rest[row, i]) + i
+            require(last < place < columns, "places do not rise within the row")
+            weight[row, place], last = values[row, i], place
     return weight
 
 

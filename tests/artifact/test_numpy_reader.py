@@ -42,6 +42,8 @@ RECIPES = (
     *("ec-fp32", "ec-bf16", "ec-fp16", "ec-int7:row:asym", "ec-int6:g9"),
     *("ec-sparse24-int4:g8+vq4x16:row~1", "ec-plain-lowrank3:int4+pattern4x9:terms=2:scales=int8"),
     *("ec-plain-lowrank:bpw=9.0:fp16", "ec-aq2x4x16:datafree", "ec-pattern3x0:base=5", "ec-vq8x16+sparse24-bf16"),
+    *("sparse5%-int8:row", "sparse25%-wanda-int4:g8", "sparse50%-nf3:g8:learned", "sparse0.0001%-fp16"),
+    *("ec-vq4x16+sparse10%-int8:row", "ec-sparse3%-bf16", '{"id":"sparse/1","share":0.3,"values":{"id":"vector/1"}}'),
     '{"id":"vector/1"}',
     '{"id":"vector/1","dimension":8,"entries":1024,"scaled":true,"weighting":"magnitude"}',
     '{"id":"vector/1","dimension":2,"entries":16,"weighting":"calibrated"}',

@@ -103,6 +103,15 @@ def _sparse24(values: Case, importance: str, sweeps: int = 4) -> Case:
     return Case(name, config, rms, portable, calibrated, constants=False, apart=values.apart)
 
 
+def _sparse(share: float, values: Case, importance: str, left: float) -> Case:
+    """``left`` is the norm of the weights that are not kept, of normal ones, and a little."""
+    config = {"id": "sparse/1", "share": share, "values": values.config, "importance": importance}
+    calibrated = importance != "magnitude"
+    name = f"{share}-{values.name}-{importance}"
+    portable = values.portable and not calibrated
+    return Case(name, config, left + values.rms, portable, calibrated, constants=False, apart=values.apart)
+
+
 def _pattern(size: int, learned: int, terms: int, rms: float, scales: Case, **options: Any) -> Case:
     """Normal weights have no structure to find: at least one weight of a block is kept, and little more."""
     config = {"id": "pattern/1", "size": size, "learned": learned, "base": None, "terms": terms}
@@ -242,6 +251,14 @@ CASES: dict[str, tuple[Case, ...]] = {
         _rotated(_normalfloat("nf3-g64", 3, 64, "normal", 0.22), 7),
         _rotated(_gptq(_uniform("int4-g128", 4, 128)), 1),
         _rotated(_channelscaled(_rotated(_uniform("int5-row", 5, None), 2), 0.5), 3),
+    ),
+    "sparse/1": (
+        _sparse(0.25, _FP16, "magnitude", 0.54),
+        _sparse(0.05, _uniform("int8-row-sym", 8, None, symmetric=True), "magnitude", 0.87),
+        _sparse(0.3, _uniform("int4-g32", 4, 32), "wanda", 0.52),
+        _sparse(0.5, _normalfloat("nf4-g64-learned", 4, 64, "learned", 0.12), "wanda", 0.32),
+        _sparse(0.1, _SUM, "magnitude", 0.77),
+        _sparse(1e-6, Case("float32", _FP32, 0.0), "magnitude", 1.0),
     ),
     "sparse24/1": (
         _sparse24(_FP16, "magnitude"),

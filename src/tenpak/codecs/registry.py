@@ -35,6 +35,7 @@ _BUILTIN = (
     ("pattern/1", "tenpak.codecs.pattern:Pattern"),
     ("residual/1", "tenpak.codecs.residual:Residual"),
     ("rotated/1", "tenpak.codecs.rotated:Rotated"),
+    ("sparse/1", "tenpak.codecs.sparse:Sparse"),
     ("sparse24/1", "tenpak.codecs.sparse24:Sparse24"),
     ("trellis/1", "tenpak.codecs.trellis:Trellis"),
     ("uniform/1", "tenpak.codecs.uniform:Uniform"),

@@ -26,6 +26,7 @@ recipe  = "dense"                                 leave the tensor as it was
         | JSON object                             a codec's configuration
 stage   = { "awq-" | "spin-" } [ "gptq-" ] grid { ":" option }
         | "sparse24-" [ "wanda-" | "gptq-" ] ( grid | float ) { ":" option }
+        | "sparse" SHARE "%-" [ "wanda-" ] ( grid | float ) { ":" option }
         | [ "plain-" | "mag-" | "act-" ] "lowrank" [ RANK ] { ":" option }
         | "pattern" SIZE [ "x" LEARNED ] { ":" option }
         | [ "gptq-" ] "vq" DIMENSION "x" ENTRIES { ":" option }

@@ -16,6 +16,7 @@ from tenpak.codecs.normalfloat import NormalFloat
 from tenpak.codecs.pattern import Pattern
 from tenpak.codecs.rotated import Rotated
 from tenpak.codecs.rounding import Gptq, Nearest, Rounding
+from tenpak.codecs.sparse import Sparse
 from tenpak.codecs.sparse24 import Sparse24
 from tenpak.codecs.trellis import Trellis
 from tenpak.codecs.uniform import Uniform
@@ -44,6 +45,7 @@ HEADS: Final = (
     *DENSE,
     "dense",
     *(f"sparse24-{importance}{values}" for importance in IMPORTANCE for values in ("int4", "nf4", "fp16")),
+    *(f"sparse5%-{importance}{values}" for importance in ("", "wanda-") for values in ("int8", "nf4", "fp16")),
     *(f"{kind}lowrank32" for kind in KINDS),
     *("lowrank:bpw=2", "pattern4x224", "vq4x256", "gptq-vq4x256", "aq2x8x256", "trellis:0.001"),
 )
@@ -118,8 +120,21 @@ def _sparse24(match: re.Match[str], words: list[str], recipe: str) -> Codec:
     owners = {"damp=": "sparse24-gptq-", "sweeps=": "sparse24-gptq-"}
     known = (*(() if dense else _grid_options(kind)), *owned)
     options = read_options(words, known, recipe, groups=not dense, owners=owners)
-    values = Dense(DENSE[dense]) if dense else _plain_grid(kind, int(bits), options, 128, Nearest())
+    values = _kept(kind, bits, dense, options)
     return Sparse24(values, IMPORTANCE[importance], options.number("damp=", 0.01), options.count("sweeps=", 4))
+
+
+def _sparse(match: re.Match[str], words: list[str], recipe: str) -> Codec:
+    """A share of every row: in a grid, rounded to nearest, or dense."""
+    share, importance, kind, bits, dense = match.groups()
+    options = read_options(words, () if dense else _grid_options(kind), recipe, groups=not dense)
+    # Not divided by 100, which rounds: what words say is the nearest number to it.
+    return Sparse(float(f"{share}e-2"), _kept(kind, bits, dense, options), IMPORTANCE[importance or ""])
+
+
+def _kept(kind: str, bits: str, dense: str | None, options: Options) -> Codec:
+    """The codec of the weights that are not zero."""
+    return Dense(DENSE[dense]) if dense else _plain_grid(kind, int(bits), options, 128, Nearest())
 
 
 def _lowrank(match: re.Match[str], words: list[str], recipe: str) -> Codec:
@@ -194,10 +209,12 @@ def _trellis(_: re.Match[str], words: list[str], recipe: str) -> Codec:
 
 
 _NUMBER = r"(\d{1,9})"
+_VALUES = rf"(?:(int|nf)(\d{{1,4}})|({'|'.join(DENSE)}))"
 _STAGES: tuple[tuple[re.Pattern[str], Callable[[re.Match[str], list[str], str], Codec]], ...] = (
     (re.compile("|".join(DENSE)), _dense),
     (re.compile(r"((?:awq-|spin-)*)(gptq-)?(int|nf)(\d{1,4})"), _grid),
-    (re.compile(rf"sparse24-(wanda-|gptq-)?(?:(int|nf)(\d{{1,4}})|({'|'.join(DENSE)}))"), _sparse24),
+    (re.compile(rf"sparse24-(wanda-|gptq-)?{_VALUES}"), _sparse24),
+    (re.compile(rf"sparse(\d{{1,9}}(?:\.\d{{1,30}})?)%-(wanda-)?{_VALUES}"), _sparse),
     (re.compile(rf"(plain-|mag-|act-)?lowrank{_NUMBER}?"), _lowrank),
     (re.compile(rf"pattern{_NUMBER}(?:x{_NUMBER})?"), _pattern),
     (re.compile(rf"(gptq-)?vq{_NUMBER}x{_NUMBER}"), _vector),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from decimal import Decimal
 
 from tenpak.codecs.additive import Additive
 from tenpak.codecs.base import Codec
@@ -15,6 +16,7 @@ from tenpak.codecs.pattern import Pattern
 from tenpak.codecs.residual import Residual
 from tenpak.codecs.rotated import Rotated
 from tenpak.codecs.rounding import Gptq
+from tenpak.codecs.sparse import Sparse
 from tenpak.codecs.sparse24 import Sparse24
 from tenpak.codecs.trellis import Trellis
 from tenpak.codecs.uniform import Uniform
@@ -51,6 +53,8 @@ def _stage(codec: Codec) -> str | None:
         return _prefixed(codec)
     if isinstance(codec, Sparse24):
         return _sparse24(codec)
+    if isinstance(codec, Sparse):
+        return _sparse(codec)
     if isinstance(codec, LowRank):
         return _lowrank(codec)
     if isinstance(codec, Pattern):
@@ -109,6 +113,13 @@ def _sparse24(codec: Sparse24) -> str | None:
     if not isinstance(codec.values, Uniform | NormalFloat | Dense):
         return None
     return ":".join([f"sparse24-{_key(IMPORTANCE, codec.importance)}{_stage(codec.values)}", *options])
+
+
+def _sparse(codec: Sparse) -> str | None:
+    if not isinstance(codec.values, Uniform | NormalFloat | Dense):
+        return None
+    share = f"{(Decimal(repr(codec.share)) * 100).normalize():f}"
+    return f"sparse{share}%-{_key(IMPORTANCE, codec.importance)}{_stage(codec.values)}"
 
 
 def _lowrank(codec: LowRank) -> str | None:

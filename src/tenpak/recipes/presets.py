@@ -70,6 +70,14 @@ PRESETS: dict[str, Preset] = {
         "mag-lowrank64:fp16+vq4x256:magnitude",
         "tenpak-x of rank 64 without the last stage: much worse, and smaller only for large matrices",
     ),
+    "tenpak-x-v2-sparse25": Preset(
+        "mag-lowrank64:fp16+vq4x256:magnitude+sparse25%-int8:row",
+        "tenpak-x-v2, and a quarter of what it leaves in INT8",
+    ),
+    "tenpak-x-v2-sparse5": Preset(
+        "mag-lowrank64:fp16+vq4x256:magnitude+sparse5%-int8:row",
+        "tenpak-x-v2, and a twentieth of what it leaves in INT8",
+    ),
     "svd": Preset("plain-lowrank:bpw=8.0:fp16", "the truncated SVD in 8 bits per weight: a baseline"),
     "svd-calibrated": Preset(
         "act-lowrank:bpw=6.4:fp16", "the truncated SVD weighted by activations, 6.4 bits per weight; needs calibration"

@@ -297,6 +297,22 @@ ROWS = (
     ),
     Row(
         "C",
+        "… v2, a quarter of the residual",
+        _recipe("mag-lowrank64+vq4x256:magnitude+sparse25%-int8:row"),
+        None,
+        None,
+        "The largest quarter of what is left costs 2.9 bits a weight; two bits for all of it lose less.",
+    ),
+    Row(
+        "C",
+        "… v2, a twentieth of the residual",
+        _recipe("mag-lowrank64+vq4x256:magnitude+sparse5%-int8:row"),
+        None,
+        None,
+        "What two stages leave looks like noise, and its largest twentieth is no large part of it.",
+    ),
+    Row(
+        "C",
         "AQLM",
         _recipe("aq2x8x256"),
         None,

@@ -138,12 +138,20 @@ def speed() -> str:
     """Weights per second."""
     rows = load("speed")["recipes"]
     return table(
-        ("recipe", "encode, M weights/s", "decode, M weights/s"),
+        ("recipe", "encode", "decode", "product with one input"),
         (
-            (f"`{name}`", f"{r['encode_weights_per_second'] / 1e6:.0f}", f"{r['decode_weights_per_second'] / 1e6:.0f}")
+            (
+                f"`{name}`",
+                *(millions(r.get(f"{what}_weights_per_second")) for what in ("encode", "decode", "product")),
+            )
             for name, r in rows.items()
         ),
     )
+
+
+def millions(value: float | None) -> str:
+    """Empty where it was not measured."""
+    return "" if value is None else f"{value / 1e6:.3g}"
 
 
 def large() -> str:

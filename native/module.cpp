@@ -259,6 +259,7 @@ NB_MODULE(_native, m) {
         m.def("product", &product<Level>, "x"_a, "levels"_a.noconvert(), "row_scale"_a, "column_scale"_a, "y"_a,
               "threads"_a);
     };
+    products.operator()<std::uint8_t>();
     products.operator()<std::int8_t>();
     products.operator()<std::int16_t>();
     products.operator()<std::int32_t>();

@@ -77,6 +77,12 @@ constexpr Multiply kMultiply[] = {nullptr, multiply<1>, multiply<2>
 #endif
 };
 
+template <typename Level>
+float value(Level level) {
+    return static_cast<float>(level);
+}
+inline float value(std::uint8_t code) { return static_cast<float>(code - 128); }
+
 std::size_t up(std::size_t value, std::size_t step) { return (value + step - 1) / step * step; }
 
 // Rows first … last, with inputs that are scaled and filled up with zeros.
@@ -95,7 +101,7 @@ void some_rows(const Product<Level>& p, const std::vector<float>& x, std::size_t
                 float* __restrict to = weight.data() + r * stride;
                 const std::size_t known = r < rows ? filled : 0;
                 const Level* __restrict from = p.levels + std::min(row + r, last - 1) * p.columns + start;
-                for (std::size_t k = 0; k < known; ++k) to[k] = static_cast<float>(from[k]);
+                for (std::size_t k = 0; k < known; ++k) to[k] = value(from[k]);
                 std::fill(to + known, to + depth, 0.0f);
             }
             for (std::size_t j = 0; j < p.count; j += kInputs)
@@ -135,6 +141,7 @@ void all_rows(const Product<Level>& p) {
 
 }  // namespace
 
+void product(const Product<std::uint8_t>& p) { all_rows(p); }
 void product(const Product<std::int8_t>& p) { all_rows(p); }
 void product(const Product<std::int16_t>& p) { all_rows(p); }
 void product(const Product<std::int32_t>& p) { all_rows(p); }

@@ -10,7 +10,7 @@ template <typename Level>
 struct Product {
     std::size_t count, rows, columns;
     const float* x;             // [count][columns]
-    const Level* levels;        // [rows][columns]
+    const Level* levels;        // [rows][columns]; a uint8 is 128 more than its level
     const float* row_scale;     // [rows]
     const float* column_scale;  // [columns]
     float* y;                   // [count][rows]
@@ -19,16 +19,19 @@ struct Product {
 
 // Each y is added up in an order of its own variant's, whatever the number of threads.
 namespace generic {
+void product(const Product<std::uint8_t>&);
 void product(const Product<std::int8_t>&);
 void product(const Product<std::int16_t>&);
 void product(const Product<std::int32_t>&);
 }
 namespace avx2 {
+void product(const Product<std::uint8_t>&);
 void product(const Product<std::int8_t>&);
 void product(const Product<std::int16_t>&);
 void product(const Product<std::int32_t>&);
 }
 namespace avx512 {
+void product(const Product<std::uint8_t>&);
 void product(const Product<std::int8_t>&);
 void product(const Product<std::int16_t>&);
 void product(const Product<std::int32_t>&);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: no test may depend on the network
@@ -21,6 +22,14 @@ def _shared(kind: str) -> Path:
     if not (root / kind).is_dir():
         pytest.skip(f"no shared {kind} at {root}: set TENPAK_SHARED to the folder that holds them")
     return root / kind
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Lets a test change how many threads torch uses."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -53,13 +52,6 @@ def loss(weight: Tensor, payload: Payload, statistics: Statistics) -> float:
 def bits(payload: Payload) -> float:
     """Per weight, of what is stored."""
     return payload.bits / math.prod(payload.shape)
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 # Rate and distortion -------------------------------------------------------------------------------------------------

@@ -39,6 +39,30 @@ def test_decode_is_the_formula(bits: int, group: int | None, shape: tuple[int, i
     assert np.array_equal(codec.decode(payload).numpy(), expected)
 
 
+def test_bytes_are_multiplied_with_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = Uniform(8, None, symmetric=True)
+    payload = codec.encode(weights(40, 300))
+    expected, x = codec.decode(payload), torch.randn(2, 3, 300, generator=torch.Generator().manual_seed(1))
+    assert codec.multiplies_cheaply
+    assert not any(other.multiplies_cheaply for other in (Uniform(8), Uniform(4, None, True), Uniform(8, None)))
+
+    def never(*_: object) -> Tensor:
+        raise AssertionError("the weight was expanded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Uniform, "decode", never)
+        for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)):
+            product = codec.matmul(x.to(dtype), codec.prepare(payload))
+            assert product.dtype == dtype
+            torch.testing.assert_close(product.float(), x @ expected.T, rtol=tolerance, atol=tolerance * 0.1)
+        assert codec.matmul(x[:0], codec.prepare(payload)).shape == (0, 3, 40)
+    # Gradients need the weight, and FP64 its precision.
+    asked = x.clone().requires_grad_()
+    codec.matmul(asked, codec.prepare(payload)).sum().backward()
+    torch.testing.assert_close(asked.grad, expected.sum(0).expand(2, 3, 300))
+    assert codec.matmul(x.double(), codec.prepare(payload)).dtype == torch.float64
+
+
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("group", [8, 13, 32, 256, None])
 @pytest.mark.parametrize("magnitude", [0.02, 1e4, 1e-6])

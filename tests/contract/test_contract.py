@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,13 +16,6 @@ from tenpak.errors import CodecError, InvalidPayloadError, MissingStatisticsErro
 
 ALL = [pytest.param(case, id=f"{codec_id}-{case.name}") for codec_id, cases in CASES.items() for case in cases]
 SHAPES = [(1, 1), (1, 40), (40, 1), (7, 5), (3, 300), (5, 33), (2, 257)]
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def same_bytes(a: Payload, b: Payload) -> bool:

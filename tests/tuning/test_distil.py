@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,13 +13,6 @@ from tenpak.calibration.skeleton import Skeleton
 from tenpak.checkpoint.source import open_checkpoint
 from tenpak.checkpoint.structure import bind, build_meta_model
 from tenpak.tuning.distil import Knob, _gradients, distil, divergence, split_windows
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def whole(folder: Path) -> Skeleton:

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from tenpak.codecs.base import Codec, Payload, Statistics, require_hessian, require_matrix
+from tenpak.codecs.integers import fits, product
 from tenpak.codecs.rounding.feedback import feedback
 from tenpak.codecs.trellis_fit import fitted, lengths
 from tenpak.codecs.trellis_stream import SEGMENT, Coded, read, representable, write
@@ -202,11 +203,9 @@ class Trellis(Codec):
 
     def matmul(self, x: Tensor, prepared: Any) -> Tensor:
         """``x @ W.T`` for ``x`` of shape ``[..., in]``, in the dtype of ``x``; on a CPU in FP32, from levels."""
-        levels, scales = prepared.levels, (prepared.row_scale, prepared.column_scale)
-        single = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        if single and x.is_cpu and levels.is_cpu and not (x.requires_grad and torch.is_grad_enabled()):
-            flat = x.detach().float().reshape(-1, x.shape[-1]).contiguous()
-            return core.product(flat, levels, *scales).view(*x.shape[:-1], len(levels)).to(x.dtype)
+        levels = prepared.levels
+        if fits(x, levels):
+            return product(x, levels, prepared.row_scale, prepared.column_scale)
         height = max(_WEIGHTS // levels.shape[1], 1)
         parts = [slice(start, start + height) for start in range(0, len(levels), height)]
         return torch.cat([torch.nn.functional.linear(x, _expanded(prepared, part).to(x.dtype)) for part in parts], -1)

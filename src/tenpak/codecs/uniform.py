@@ -31,6 +31,7 @@ from tenpak.codecs.base import Codec, Field, Payload, Statistics, require_matrix
 from tenpak.codecs.fields_tuning import TunableFields, over_columns
 from tenpak.codecs.grid import Grid, covering, refine
 from tenpak.codecs.grouping import Segment, column_importance, group_count, row_tiles, segments
+from tenpak.codecs.integers import fits, product
 from tenpak.codecs.rounding import Nearest, Rounding, from_json, require_rounding
 from tenpak.codecs.validation import require_bool, require_group, require_integer
 from tenpak.errors import CodecError
@@ -124,6 +125,19 @@ class Uniform(Codec):
         for tile in row_tiles(rows, columns):
             self._expand({name: tensor[tile] for name, tensor in tensors.items()}, weight[tile])
         return weight
+
+    @property
+    def multiplies_cheaply(self) -> bool:
+        """Whether a weight is a byte times the scale of its row, which the compiled core multiplies with as it is."""
+        return self.bits == 8 and self.group is None and self.symmetric
+
+    def matmul(self, x: Tensor, prepared: Payload) -> Tensor:
+        """``x @ W.T`` for ``x`` of shape ``[..., in]``, in the dtype of ``x``; from the codes where that is cheap."""
+        codes = prepared.tensors.get("codes")
+        if not self.multiplies_cheaply or codes is None or not fits(x, codes):
+            return super().matmul(x, prepared)
+        tensors = self.checked(prepared)
+        return product(x, codes.contiguous(), tensors["scales"].float().flatten(), torch.ones(prepared.shape[1]))
 
     def rows(self, indices: Tensor, prepared: Payload) -> Tensor:
         """Rows ``indices`` of the decoded weight, FP32 ``[*indices.shape, in]``; only they are decoded."""

@@ -223,7 +223,8 @@ def product(x: Tensor, levels: Tensor, row_scale: Tensor, column_scale: Tensor) 
 
     Args:
         x: FP32 ``[count, in]``.
-        levels: int8, int16 or int32 ``[out, in]``; a weight is level · row_scale · column_scale.
+        levels: int8, int16 or int32 ``[out, in]``, or uint8, which are 128 more than levels; a weight is
+            level · row_scale · column_scale.
         row_scale: FP32 ``[out]``.
         column_scale: FP32 ``[in]``.
     """

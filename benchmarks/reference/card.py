@@ -119,7 +119,8 @@ corpus; the {data["dropped"]:,} documents that held one ({data["dropped_characte
 {data["windows_in_training"]} occur in the {data["train_tokens"]:,} tokens of the training data. \
 {data["validation_tokens"]:,} more are held out for validation.
 
-`texts/calibration.txt` is from the training data, `texts/evaluation.txt` from the validation data.
+`texts/calibration.txt` is from the training data, `texts/evaluation.txt` from the validation data; each document is
+under the licence of its source above.
 
 ## Use
 

@@ -14,6 +14,7 @@ import tenpak
 from tenpak.artifact.schema import MANIFEST_NAME, load_manifest
 from tenpak.report.card import model_card, plus_minus, size
 from tenpak.report.report import Report, measured
+from tenpak.report.rows import report_rows
 
 QUALITY = {
     "ppl_original": 4.0, "ppl": 4.1, "ppl_increase": 0.025, "ppl_increase_se": 0.001, "kl": 0.0123, "kl_se": 0.0004,
@@ -93,3 +94,16 @@ def test_standard_error_is_shown_where_there_is_one() -> None:
     assert plus_minus(QUALITY, "kl", ".3f") == "0.012 ± 0.000"
     assert plus_minus(QUALITY, "top1", ".1%") == "97.0%"
     assert plus_minus({"kl": 1.0}, "kl", ".1f") == "1.0"
+
+
+def test_a_recipe_per_tensor_is_not_called_dense(folder: Path) -> None:
+    rows = dict(report_rows(measured(folder).to_json()))
+    assert rows["recipe"] == "int4:g32"
+    out = folder.parent / "set apart"
+    rows = dict(report_rows(tenpak.compress(folder.parent / "source", out, recipe="dense").to_json()))
+    assert rows["recipe"] == "dense"
+    assert "codecs" not in rows
+    report = tenpak.compress(folder.parent / "source", out, recipe="dense", overrides=["*.q_proj=int8"], overwrite=True)
+    rows = dict(report_rows(report.to_json()))
+    assert rows["recipe"].startswith("each tensor its own")
+    assert rows["codecs"].startswith("uniform/1 ")

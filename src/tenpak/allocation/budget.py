@@ -18,6 +18,7 @@ __all__ = ["Budget", "Trial", "one_budget", "search"]
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _NUMBER = r"(\d+(?:\.\d*)?|\.\d+)"
+_LOSS = r"((?:\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?)"  # may be tiny
 _LARGEST_MOVE = 12.0  # octaves of the step at once
 
 
@@ -49,9 +50,9 @@ class Budget:
             found = cls("bpw", float(match[1]))
         elif match := re.fullmatch(_NUMBER + r"\s*([kmg]i?)?b(?:ytes)?", words):
             found = cls("bytes", float(match[1]) * _UNITS[match[2] or ""])
-        elif match := re.fullmatch(r"kl\s*=\s*" + _NUMBER, words):
+        elif match := re.fullmatch(r"kl\s*=\s*" + _LOSS, words):
             found = cls("kl", float(match[1]))
-        elif match := re.fullmatch(r"ppl\s*=\s*\+?" + _NUMBER + r"\s*(%?)", words):
+        elif match := re.fullmatch(r"ppl\s*=\s*\+?" + _LOSS + r"\s*(%?)", words):
             found = cls("ppl", float(match[1]) / (100 if match[2] else 1))
         if found is None or not found.value > 0:
             raise BudgetError(

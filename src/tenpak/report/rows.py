@@ -13,14 +13,15 @@ __all__ = ["prediction_rows", "quality_rows", "report_rows", "statistics_json", 
 
 def report_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     """Rows of a report's JSON, its quality included where it was measured."""
+    set_apart = report["recipe"] == "dense" and report["codecs"]  # by a plan, a policy or --set
     rows = [
-        ("recipe", report["recipe"]),
+        ("recipe", "each tensor its own, see `tenpak inspect`" if set_apart else report["recipe"]),
         ("weight files", f"{report['bytes']:,} bytes ({size(report['bytes'])})"),
         ("bits per weight", f"{report['bpw']:.3f}, everything counted"),
         ("smaller than FP32", f"{report['ratio_fp32']:.2f}×"),
         ("smaller than the checkpoint", f"{report['ratio_checkpoint']:.2f}×"),
     ]
-    if len(report["codecs"]) > 1:
+    if set_apart or len(report["codecs"]) > 1:
         shares = sorted(report["codecs"].items(), key=lambda item: -item[1])
         rows.insert(1, ("codecs", ", ".join(f"{name} {size(count)}" for name, count in shares)))
     if report.get("search"):

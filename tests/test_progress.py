@@ -41,7 +41,7 @@ def told(clock: Clock, steps: list[tuple[float, str, int, int]], **options: bool
 def test_a_phase_has_its_own_rate_and_unit(clock: Clock) -> None:
     meter = Meter("things")
     for done in (0, 1000, 2000):
-        meter.update("calibrating", done, 10_000)
+        meter.update("evaluating", done, 10_000)
         clock.now += 1
     assert (meter.rate, meter.speed, meter.left) == (1000, "1,000 tokens/s", "8 s left")
     meter.update("model.layers.0.mlp.up_proj.weight", 10, 20)
@@ -72,16 +72,16 @@ def test_a_rate_is_that_of_the_last_minute(clock: Clock) -> None:
 def test_lines_come_seldom_and_at_the_end_of_a_phase(clock: Clock) -> None:
     found = told(
         clock,
-        [(1, "calibrating", done, 100) for done in range(1, 101)]
+        [(1, "evaluating", done, 100) for done in range(1, 101)]
         + [(2, "a.weight", 10, 30), (2, "b.weight", 30, 30)]
         + [(2, "a.weight", 10, 30), (2, "b.weight", 20, 30)],
     )
     assert found[:2] == [
-        "calibrating: 10 of 100 tokens (10%), 1 tokens/s, 1 min 30 s left",
-        "calibrating: 20 of 100 tokens (20%), 1 tokens/s, 1 min 20 s left",
+        "evaluating: 10 of 100 tokens (10%), 1 tokens/s, 1 min 30 s left",
+        "evaluating: 20 of 100 tokens (20%), 1 tokens/s, 1 min 20 s left",
     ]
     assert found[-3:] == [
-        "calibrating: 100 tokens in 1 min 40 s, 1 tokens/s",
+        "evaluating: 100 tokens in 1 min 40 s, 1 tokens/s",
         "encoding: 30 weights in 4 s, 7.5 weights/s",
         "encoding: 20 of 30 weights in 4 s, 5 weights/s",
     ]

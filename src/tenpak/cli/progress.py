@@ -24,10 +24,13 @@ FORMAT = "TENPAK_PROGRESS"
 
 Update = Callable[[str, int, int], None]
 
-_UNITS = {"sampling": "tokens", "calibrating": "tokens", "evaluating": "tokens", "generating": "tokens",
-          "tuning": "steps", "searching": "weights", "profiling": "weights", "measuring": "tensors",
-          "encoding": "weights", "writing": "weights",
-          "checking": "bytes", "measuring memory": "models"}  # fmt: skip
+_UNITS = {
+    "sampling": "tokens", "calibrating": "tokens × blocks", "evaluating": "tokens", "generating": "tokens",
+    "tuning": "steps", "searching": "weights", "profiling": "weights", "measuring": "tensors", "weighing": "weights",
+    "merging": "blocks", "encoding": "weights", "writing": "weights", "checking": "bytes",
+    "measuring memory": "models", "expected costs": "tensors", "activations": "tokens", "weights": "tensors",
+    "costs": "tokens", "generation": "prompts",
+}  # fmt: skip
 _WINDOW = 60.0  # seconds that a rate looks back
 _BETWEEN_LINES = 10.0
 _BETWEEN_JSON = 0.2

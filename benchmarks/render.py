@@ -296,6 +296,30 @@ def ingredients() -> str:
     )
 
 
+def anatomy() -> str:
+    """Where bytes go."""
+    result = load("anatomy")
+    whole = result["where"]["together"]
+    head = (f"{result['model']}, `--target {result['target']}`", "bytes", "share")
+    return table(head, ((name, f"{size:,.0f}", f"{size / whole:.1%}") for name, size in result["where"].items()))
+
+
+def contexts() -> str:
+    """Bytes by what a table depends on."""
+    rows = load("anatomy")["contexts"]
+    base = next(iter(rows.values()))
+    head = ("a level's table depends on", "bytes of all streams", "more")
+    return table(head, ((name, f"{size:,.0f}", f"{size / base - 1:+.1%}") for name, size in rows.items()))
+
+
+def steps() -> str:
+    """KL by how finely steps are told."""
+    rows = load("anatomy")["steps"]["rows"]
+    base = next(iter(rows.values()))
+    head = (f"steps to, at {base['points'][0]['bytes']:,} bytes", "KL", "of the base's")
+    return table(head, ((name, f"{r['kl']:.5f}", f"{r['kl'] / base['kl']:.2f}") for name, r in rows.items()))
+
+
 def frontier() -> str:
     """KL of every method, by size."""
     result = load("frontier")
@@ -358,23 +382,7 @@ def policies(name: str, first: str) -> str:
 def machine() -> str:
     """Where and when."""
     lines = []
-    for name in (
-        "quality",
-        "speed",
-        "large",
-        "footprint",
-        "feedback",
-        "ablation",
-        "peers",
-        "trellis",
-        "budgets",
-        "rivals",
-        "policies",
-        "ingredients",
-        "frontier",
-        "seeds",
-        "mixtures",
-    ):
+    for name in sorted(path.stem for path in RESULTS.glob("*.json")):
         for case, env in environments(load(name)):
             versions = ", ".join(f"{package} {number}" for package, number in env["versions"].items())
             what = f"{name}, {case}" if case else name
@@ -410,6 +418,9 @@ TABLES = {
     "rivals": rivals,
     "ten": ten,
     "ingredients": ingredients,
+    "anatomy": anatomy,
+    "contexts": contexts,
+    "steps": steps,
     "frontier": frontier,
     "gaussian": gaussian,
     "pace": pace,

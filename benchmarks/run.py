@@ -1,7 +1,7 @@
 """`make bench`: run the benchmarks (all, or those named) and write ``benchmarks/results/<name>.json``.
 
-    python benchmarks/run.py [speed] [footprint] [large] [codecs] [quality] [feedback] [ablation] [trellis] [budgets]
-                             [rivals] [policies] [mixtures] [ingredients] [seeds]
+    python benchmarks/run.py [speed] [footprint] [large] [codecs] [quality] [feedback] [ablation] [trellis] [anatomy]
+                             [budgets] [rivals] [policies] [mixtures] [ingredients] [seeds]
     python benchmarks/run.py peers | frontier   by name only: they install another library
     python benchmarks/run.py budgets --case ref-8m
                              only the cases whose names hold these words; the others keep the figures they have
@@ -15,6 +15,7 @@ import argparse
 import sys
 
 import ablation
+import anatomy
 import budgets
 import feedback
 import footprint
@@ -38,6 +39,7 @@ BENCHMARKS = {
     "feedback": feedback.run,
     "ablation": ablation.run,
     "trellis": trellis.run,
+    "anatomy": anatomy.run,
     "budgets": budgets.run,
     "rivals": budgets.run_rivals,
     "policies": policies.run,

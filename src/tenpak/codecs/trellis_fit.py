@@ -13,7 +13,7 @@ from tenpak.codecs.trellis_stream import CLASSES, SEGMENT, UNIT, Coded
 from tenpak.kernels import core
 from tenpak.kernels.parallel import each, one_thread
 
-__all__ = ["fitted", "lengths"]
+__all__ = ["fitted", "histogram", "lengths", "shaped"]
 
 _SYMBOLS = 128
 _REACH = 62
@@ -71,9 +71,7 @@ def fitted(coded: Coded, values: Tensor | None = None) -> Coded:
     coded = replace(coded, row_class=row_class, column_class=column_class)
     if values is not None:
         return coded
-    histogram = _histogram(coded)
-    with one_thread():  # several would wait for each other at every small operation
-        return _shaped(coded, histogram)
+    return shaped(coded)
 
 
 def _variances(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,13 +123,19 @@ def _total(parts: list[Tensor]) -> Tensor:
         return torch.stack(parts).sum(0)
 
 
-def _shaped(coded: Coded, histogram: Tensor) -> Coded:
+def shaped(coded: Coded) -> Coded:
     """With the shape, and a common shift of all classes, that code the levels in the fewest bits."""
-    used = histogram.sum(2, keepdim=True) > 0
+    counts = histogram(coded)
+    with one_thread():  # several would wait for each other at every small operation
+        return _shaped(coded, counts)
+
+
+def _shaped(coded: Coded, counts: Tensor) -> Coded:
+    used = counts.sum(2, keepdim=True) > 0
 
     def bits(shape: tuple[int, int, int, int], offset: int) -> float:
         shifted = lengths(shape).roll(-offset, 0)
-        return float((histogram * shifted.where(used, 0.0)).sum())
+        return float((counts * shifted.where(used, 0.0)).sum())
 
     best = (bits(coded.shape, 0), coded.shape, 0)
     for size, index in [(size, index) for size in (16, 6, 2) for index in range(4)]:
@@ -152,8 +156,8 @@ def _shaped(coded: Coded, histogram: Tensor) -> Coded:
     return replace(coded, shape=best[1], row_class=coded.row_class + best[2])
 
 
-def _histogram(coded: Coded) -> Tensor:
-    """How often each |k| occurs by class and quantizer, FP64 ``[64, 2, 128]``."""
+def histogram(coded: Coded) -> Tensor:
+    """How often each |k| occurs by class and quantizer, FP64 ``[64, 2, 128]``; levels are int32."""
 
     def count(start: int) -> Tensor:
         rows = slice(start, start + SEGMENT)

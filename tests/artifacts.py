@@ -54,7 +54,9 @@ def add_tensors(writer: ArtifactWriter, weights: Mapping[str, tuple[tuple[int, .
         if codec.needs_statistics:
             power = 1.5 + torch.arange(shape[-1]).sin()
             statistics = Statistics(hessian=torch.diag(power.square()) + power * power[:, None], mean_abs=power)
-        payloads = [codec.encode(part, statistics) for part in (weight if weight.ndim == 3 else [weight])]
+        parts = list(weight) if weight.ndim == 3 else [weight]
+        shared = codec.learn(parts)
+        payloads = [codec.encode_sharing(part, shared, statistics) for part in parts]
         writer.add_weight(name, payloads, shape=shape, dtype="F32", transposed=False)
     writer.add_dense("norm.weight", torch.ones(5, dtype=torch.bfloat16), "1-D")
     writer.add_dense("mask", torch.ones(3, 3, dtype=torch.bool), "a buffer")

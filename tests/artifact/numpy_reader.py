@@ -41,6 +41,7 @@ class Reader:
         for file in sorted(folder.glob("*.safetensors")):
             self.tensors.update(read_header(file))
         stored = {f"{name}_codes" for name in self.manifest["weights"]} | set(self.manifest["dense"])
+        stored |= set(self.manifest.get("shared", {}))
         require(stored == set(self.tensors), "manifest and weight files list different tensors")
         for name, sha256 in self.manifest["files"].items():
             require(hashlib.sha256((folder / name).read_bytes()).hexdigest() == sha256, f"{name} was changed")
@@ -59,6 +60,12 @@ class Reader:
         entry = self.manifest["dense"][name]
         return array(self.read(name, entry["sha256"]), entry["dtype"], entry["shape"])
 
+    def shared(self, stored: str) -> np.ndarray:
+        """A tensor that compressed ones share."""
+        entry = self.manifest["shared"][stored]
+        require(self.tensors[stored][:2] == (entry["dtype"], entry["shape"]), f"{stored} is not what is listed")
+        return array(self.read(stored, entry["sha256"]), entry["dtype"], entry["shape"])
+
     def decode(self, name: str) -> np.ndarray:
         """A compressed tensor, FP32, in the shape and orientation of the source checkpoint."""
         entry = self.manifest["weights"][name]
@@ -67,10 +74,11 @@ class Reader:
         rows, columns = entry["shape"][-2:]
         if entry["transposed"]:
             rows, columns = columns, rows
+        shared = {field: self.shared(stored) for field, stored in entry.get("shared", {}).items()}
         matrices, position = [], 0
         for layout in entry["payloads"]:
             for _ in range(layout["count"]):
-                fields = {}
+                fields = dict(shared)
                 for spec in layout["fields"]:
                     size = math.prod(spec["shape"]) * BYTES[spec["dtype"]]
                     require(position + size <= len(blob), "blob is too short")
@@ -89,7 +97,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     sha256 = hashlib.sha256(body + b"}").hexdigest()
     require(seal == b',"sha256":"' + sha256.encode() + b'"}', "the manifest was changed")
     manifest: dict[str, Any] = json.loads(raw)
-    require(manifest["format_version"] == 1, "another version of the format")
+    require(manifest["format_version"] == (2 if "shared" in manifest else 1), "another version of the format")
     return manifest
 
 

@@ -12,7 +12,15 @@ from artifacts import blank_manifest, canonical, edit_manifest, write_small
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tenpak.artifact.schema import FORMAT_VERSION, DenseEntry, Manifest, dump_manifest, load_manifest, shard_names
+from tenpak.artifact.schema import (
+    FORMAT_VERSION,
+    SHARING_VERSION,
+    DenseEntry,
+    Manifest,
+    dump_manifest,
+    load_manifest,
+    shard_names,
+)
 from tenpak.errors import ArtifactError, CorruptArtifactError, FormatVersionError, TenpakError
 
 
@@ -71,7 +79,8 @@ def test_unknown_field_is_an_error_that_names_it(where: tuple[Any, ...], value: 
 
 
 @pytest.mark.parametrize(
-    "field", [name for name in Manifest.model_fields if name not in ("quality", "calibration", "format_version")]
+    "field",
+    [name for name in Manifest.model_fields if name not in ("quality", "calibration", "shared", "format_version")],
 )
 def test_missing_field_is_an_error_that_names_it(field: str, artifact: Path) -> None:
     edit_manifest(artifact, lambda content: {key: value for key, value in content.items() if key != field})
@@ -119,10 +128,10 @@ def test_wrong_types_and_ranges_are_refused(path: tuple[Any, ...], value: Any, a
         load_manifest(artifact / "manifest.json")
 
 
-@pytest.mark.parametrize("version", [0, FORMAT_VERSION + 1, -1, True, 1.0, "1", None, [1], {"a": 1}, 10**50])
+@pytest.mark.parametrize("version", [0, SHARING_VERSION + 1, -1, True, 1.0, "1", None, [1], {"a": 1}, 10**50])
 def test_other_versions_say_so(version: Any, artifact: Path) -> None:
     edit_manifest(artifact, lambda content: content.update(format_version=version))
-    with pytest.raises(FormatVersionError, match=f"reads {FORMAT_VERSION}"):
+    with pytest.raises(FormatVersionError, match=f"reads {FORMAT_VERSION} and {SHARING_VERSION}"):
         load_manifest(artifact / "manifest.json")
 
 

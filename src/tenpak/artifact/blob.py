@@ -7,7 +7,7 @@ without padding, little-endian; the manifest lists their names, dtypes and shape
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -44,8 +44,13 @@ def layouts(payloads: Sequence[Payload]) -> tuple[Layout, ...]:
     return tuple(found)
 
 
-def split(blob: Tensor, entry: WeightEntry) -> list[Payload]:
+def split(blob: Tensor, entry: WeightEntry, shared: Mapping[str, Tensor]) -> list[Payload]:
     """The payloads in ``blob`` (uint8 ``[n]``); their tensors are views of it where alignment allows.
+
+    Args:
+        blob: what is stored of the weight.
+        entry: what the manifest says of it.
+        shared: the tensors that its payloads share with those of other weights, by field.
 
     Raises:
         CorruptArtifactError: ``blob`` has another length than the entry's fields.
@@ -65,7 +70,7 @@ def split(blob: Tensor, entry: WeightEntry) -> list[Payload]:
                     part = part.clone()  # torch reinterprets bytes only at aligned addresses
                 tensors[spec.name] = part.view(TORCH_DTYPES[spec.dtype]).reshape(spec.shape)
                 position += size
-            payloads.append(Payload(entry.codec, shape, dtype, tensors))
+            payloads.append(Payload(entry.codec, shape, dtype, tensors, shared))
     if position != blob.numel():
         raise CorruptArtifactError("a payload is longer than its manifest says")
     return payloads

@@ -9,9 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from tenpak.artifact.schema import (
     CODES_SUFFIX,
+    FORMAT_VERSION,
     INDEX_NAME,
     MANIFEST_NAME,
+    SHARING_VERSION,
+    DenseEntry,
     Manifest,
+    SharedEntry,
     WeightEntry,
     encode_index,
     load_manifest,
@@ -63,11 +67,17 @@ class Artifact:
         """A tensor that is stored as it was. Raises as ``read_blob`` does."""
         return self._read(name, self.manifest.dense[name].sha256, verify)
 
+    def read_shared(self, name: str, *, verify: bool = True) -> Tensor:
+        """A tensor that several weights share, by its stored name. Raises as ``read_blob`` does."""
+        return self._read(name, self.manifest.shared[name].sha256, verify)
+
     def payloads(self, name: str, *, verify: bool = True) -> list[Payload]:
         """The payloads of compressed tensor ``name``, one per matrix. Raises as ``read_blob`` does."""
         from tenpak.artifact.blob import split
 
-        return split(self.read_blob(name, verify=verify), self.manifest.weights[name])
+        entry = self.manifest.weights[name]
+        shared = {field: self.read_shared(stored, verify=verify) for field, stored in entry.shared.items()}
+        return split(self.read_blob(name, verify=verify), entry, shared)
 
     def decode(self, name: str, *, verify: bool = True) -> Tensor:
         """Compressed tensor ``name`` decoded: FP32, in the shape and orientation of the source checkpoint."""
@@ -163,19 +173,24 @@ def _check_index(folder: Path, files: Sequence[Path], tensors: Mapping[str, Tens
 def _check(manifest: Manifest, tensors: Mapping[str, TensorInfo]) -> None:
     from tenpak.checkpoint.source import is_plain_name
 
-    expected = {name + CODES_SUFFIX for name in manifest.weights} | set(manifest.dense)
+    expected = manifest.hashes.keys()
     if expected != tensors.keys():
         missing, extra = sorted(expected - tensors.keys()), sorted(tensors.keys() - expected)
         what = f"lacks {missing[0]!r}" if missing else f"holds {extra[0]!r}, which the manifest does not list"
         raise CorruptArtifactError(f"the artifact {what}", hint="obtain it again: all weight files belong together")
-    if len(expected) != len(manifest.weights) + len(manifest.dense):
+    if len(expected) != len(manifest.weights) + len(manifest.shared) + len(manifest.dense):
         raise CorruptArtifactError("the manifest lists a tensor twice")
-    for name, dense in manifest.dense.items():
+    plain: dict[str, DenseEntry | SharedEntry] = {**manifest.dense, **manifest.shared}
+    for name, listed in plain.items():
         info = tensors[name]
-        if (info.dtype, info.shape) != (dense.dtype, dense.shape):
+        if (info.dtype, info.shape) != (listed.dtype, listed.shape):
             raise CorruptArtifactError(f"tensor {name!r} is stored as {info.dtype} {list(info.shape)}, not as listed")
     for name, entry in manifest.weights.items():
-        _check_weight(name, entry, tensors[name + CODES_SUFFIX])
+        _check_weight(name, entry, tensors[name + CODES_SUFFIX], manifest)
+    if not all(manifest.sharers.values()):
+        raise CorruptArtifactError("the manifest lists a shared tensor that no weight names")
+    if manifest.format_version != (SHARING_VERSION if manifest.shared else FORMAT_VERSION):
+        raise CorruptArtifactError(f"format version {manifest.format_version} is not that of what the manifest lists")
     stored = manifest.weights.keys() | manifest.dense.keys()
     for name, source in manifest.tied.items():
         if name in stored or source not in stored:
@@ -185,7 +200,7 @@ def _check(manifest: Manifest, tensors: Mapping[str, TensorInfo]) -> None:
             raise CorruptArtifactError(f"the manifest lists {name[:99]!r}, which is no such file")
 
 
-def _check_weight(name: str, entry: WeightEntry, info: TensorInfo) -> None:
+def _check_weight(name: str, entry: WeightEntry, info: TensorInfo, manifest: Manifest) -> None:
     from tenpak.artifact.blob import field_bytes, matrix_shape
     from tenpak.checkpoint.source import dtype_name
     from tenpak.codecs import registry
@@ -217,3 +232,9 @@ def _check_weight(name: str, entry: WeightEntry, info: TensorInfo) -> None:
         for layout in entry.payloads:
             if implied != [(spec.name, spec.dtype, spec.shape) for spec in layout.fields]:
                 raise wrong(f"its fields are not those that {codec.id} writes for {list(entry.shape)}")
+    missing = sorted(set(entry.shared.values()) - manifest.shared.keys())
+    if missing:
+        raise wrong(f"it shares {missing[0][:99]!r}, which the manifest does not list")
+    found = {name: (manifest.shared[s].dtype, manifest.shared[s].shape) for name, s in entry.shared.items()}
+    if found != {field.name: (dtype_name(field.dtype), field.shape) for field in codec.shared_fields}:
+        raise wrong(f"what it shares is not what weights of {codec.id} share")

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from tenpak.checkpoint.header import TensorInfo, read_whole
 from tenpak.errors import CorruptArtifactError, FormatVersionError
@@ -22,19 +22,24 @@ __all__ = [
     "FORMAT_VERSION",
     "INDEX_NAME",
     "MANIFEST_NAME",
+    "SHARING_VERSION",
     "DenseEntry",
     "FieldSpec",
     "Layout",
     "Manifest",
+    "SharedEntry",
     "Source",
     "WeightEntry",
     "dump_manifest",
     "encode_index",
     "load_manifest",
     "shard_names",
+    "shared_name",
 ]
 
 FORMAT_VERSION = 1
+# Of artifacts with shared tensors, of which readers of version 1 know nothing.
+SHARING_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "model.safetensors.index.json"
 # Appended to a compressed tensor's name. An underscore, because a dot would invite transformers' key renaming.
@@ -49,6 +54,12 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What shares nothing does not say so: it is written as it was before anything could be shared."""
+        content: dict[str, Any] = serialize(self)
+        return {key: value for key, value in content.items() if key != "shared" or value}
 
 
 class FieldSpec(_Strict):
@@ -70,7 +81,8 @@ class WeightEntry(_Strict):
     """A compressed tensor: ``<name>_codes`` holds its payloads' bytes, one payload per matrix.
 
     ``shape`` is that of the decoded tensor as the checkpoint stores it; ``transposed`` says that its matrices are
-    ``[in, out]`` there, while payloads decode to ``[out, in]``. ``bits`` counts the payloads' bits.
+    ``[in, out]`` there, while payloads decode to ``[out, in]``. ``bits`` counts the payloads' bits. ``shared`` are
+    fields that all its payloads have besides, each with the name of the tensor that holds it.
     """
 
     shape: Shape
@@ -79,6 +91,15 @@ class WeightEntry(_Strict):
     codec: dict[str, Any]
     payloads: tuple[Layout, ...]
     bits: Natural
+    sha256: Sha256
+    shared: dict[str, str] = {}
+
+
+class SharedEntry(_Strict):
+    """A tensor that payloads of several weights have in common, stored once."""
+
+    shape: Shape
+    dtype: str
     sha256: Sha256
 
 
@@ -117,9 +138,26 @@ class Manifest(_Strict):
     calibration: dict[str, Any] | None = None
     weights: dict[str, WeightEntry]
     dense: dict[str, DenseEntry]
+    shared: dict[str, SharedEntry] = {}
     tied: dict[str, str]
     files: dict[str, Sha256]
     quality: dict[str, Any] | None = None
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """The hashes of all tensors by their stored names."""
+        found = {name + CODES_SUFFIX: entry.sha256 for name, entry in self.weights.items()}
+        found |= {name: entry.sha256 for name, entry in self.shared.items()}
+        return found | {name: entry.sha256 for name, entry in self.dense.items()}
+
+    @property
+    def sharers(self) -> dict[str, list[str]]:
+        """Shared tensor → the weights that name it."""
+        found: dict[str, list[str]] = {name: [] for name in self.shared}
+        for weight, entry in self.weights.items():
+            for name in entry.shared.values():
+                found.setdefault(name, []).append(weight)
+        return found
 
 
 def dump_manifest(manifest: Manifest) -> bytes:
@@ -150,9 +188,10 @@ def load_manifest(path: Path) -> Manifest:
         sealed = _seal(canonical, hashlib.sha256(canonical).hexdigest())
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise CorruptArtifactError(f"{path} is not a manifest", hint="obtain the artifact again") from error
-    if type(version) is not int or version != FORMAT_VERSION:
+    if type(version) is not int or version not in (FORMAT_VERSION, SHARING_VERSION):
         raise FormatVersionError(
-            f"{path.parent} has format version {str(version)[:20]}, this tenpak reads {FORMAT_VERSION}",
+            f"{path.parent} has format version {str(version)[:20]}, this tenpak reads {FORMAT_VERSION} and "
+            f"{SHARING_VERSION}",
             hint="install a tenpak that reads it, or compress the model again",
         )
     if sealed != raw:
@@ -170,6 +209,11 @@ def shard_names(count: int) -> list[str]:
     if count == 1:
         return ["model.safetensors"]
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def shared_name(group: int, field: str) -> str:
+    """The stored name of a tensor that the weights of a group share, groups being numbered in the order of weights."""
+    return f"shared_{group}_{field}"
 
 
 def encode_index(tensors: Mapping[str, TensorInfo]) -> bytes:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tenpak.artifact.reader import Artifact, open_artifact
-from tenpak.artifact.schema import CODES_SUFFIX
 from tenpak.checkpoint.header import TensorInfo
 
 __all__ = ["Verification", "changed_files", "verify"]
@@ -40,9 +39,7 @@ def verify(folder: str | Path, *, progress: Callable[[str, int, int], None] | No
         ArtifactError: there is no artifact, or its manifest or headers are broken, so that nothing can be compared.
     """
     artifact = open_artifact(folder)
-    manifest = artifact.manifest
-    expected = {name + CODES_SUFFIX: entry.sha256 for name, entry in manifest.weights.items()}
-    expected |= {name: entry.sha256 for name, entry in manifest.dense.items()}
+    expected = artifact.manifest.hashes
     problems = []
     done, total = 0, sum(info.nbytes for info in artifact.tensors.values())
     for name, info in artifact.tensors.items():

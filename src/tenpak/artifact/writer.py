@@ -31,16 +31,19 @@ from tenpak.artifact.schema import (
     FORMAT_VERSION,
     INDEX_NAME,
     MANIFEST_NAME,
+    SHARING_VERSION,
     DenseEntry,
     Manifest,
+    SharedEntry,
     WeightEntry,
     dump_manifest,
     encode_index,
     load_manifest,
     shard_names,
+    shared_name,
 )
 from tenpak.checkpoint.header import DTYPE_BYTES, encode_header, read_header
-from tenpak.checkpoint.source import dtype_name, is_artifact, tensor_bytes
+from tenpak.checkpoint.source import dtype_name, is_artifact, tensor_bytes, tensor_sha256
 from tenpak.codecs.base import Payload
 from tenpak.errors import ArtifactError, OutputExistsError, TenpakError
 
@@ -84,6 +87,8 @@ class ArtifactWriter:
         self.max_shard_bytes = max_shard_bytes
         self.weights: dict[str, WeightEntry] = {}
         self.dense: dict[str, DenseEntry] = {}
+        self.shared: dict[str, SharedEntry] = {}
+        self._groups: dict[str, dict[str, str]] = {}  # what is shared → its stored names by field
         self._shards: list[list[_Stored]] = [[]]
         self._lock = contextlib.ExitStack()
 
@@ -116,7 +121,13 @@ class ArtifactWriter:
     def add_weight(
         self, name: str, payloads: Sequence[Payload], *, shape: tuple[int, ...], dtype: str, transposed: bool
     ) -> int:
-        """Store a compressed tensor, one payload per matrix; returns its bytes."""
+        """Store a compressed tensor, one payload per matrix; returns its bytes.
+
+        What the payloads share is stored before the first weight that has it.
+        """
+        groups = [self._share(payload) for payload in payloads]
+        if any(group != groups[0] for group in groups):
+            raise ArtifactError(f"{name}: its payloads share different tensors", hint="encode them with the same ones")
         blob = join(payloads)
         self.weights[name] = WeightEntry(
             shape=shape,
@@ -126,6 +137,7 @@ class ArtifactWriter:
             payloads=layouts(payloads),
             bits=8 * blob.numel(),
             sha256=self._store(name + CODES_SUFFIX, blob),
+            shared=groups[0],
         )
         return blob.numel()
 
@@ -150,7 +162,7 @@ class ArtifactWriter:
         """Write the rest and rename the folder into place.
 
         Args:
-            manifest: its ``weights``, ``dense`` and ``files`` are replaced by what was added.
+            manifest: its version, ``weights``, ``dense``, ``shared`` and ``files`` become those of what was added.
             config: ``config.json`` of the source; gets the ``quantization_config``.
             copied: files (tokenizer and so on) to copy under their own names and to hash.
             texts: further files to write, not hashed (report, card).
@@ -159,7 +171,8 @@ class ArtifactWriter:
             OutputExistsError: the output appeared meanwhile.
         """
         self._close_shards()
-        quantization = {"quant_method": "tenpak", "format_version": FORMAT_VERSION}
+        version = SHARING_VERSION if self.shared else FORMAT_VERSION
+        quantization = {"quant_method": "tenpak", "format_version": version}
         text = json.dumps({**config, "quantization_config": quantization}, indent=2) + "\n"
         hashes = {}
         for path in copied:
@@ -169,13 +182,28 @@ class ArtifactWriter:
         for name, content in (texts or {}).items():
             _write(self._folder / name, content.encode())
         hashes["config.json"] = hashlib.sha256(text.encode()).hexdigest()
-        complete = manifest.model_copy(update={"weights": self.weights, "dense": self.dense, "files": hashes})
+        added = {"weights": self.weights, "dense": self.dense, "shared": self.shared, "files": hashes}
+        complete = manifest.model_copy(update={"format_version": version, **added})
         _write(self._folder / MANIFEST_NAME, dump_manifest(complete))
         _write(self._folder / "config.json", text.encode())
         os.chmod(self._folder, 0o777 & ~_umask())  # mkdtemp made it private
         _sync_folder(self._folder)
         self._move_into_place()
         return self.out
+
+    def _share(self, payload: Payload) -> dict[str, str]:
+        """Stored names of what a payload shares, by field; stored once for all payloads of this codec that have it."""
+        if not payload.shared:
+            return {}
+        hashes = {field: tensor_sha256(tensor) for field, tensor in payload.shared.items()}
+        key = json.dumps([payload.codec, hashes], sort_keys=True)
+        if key not in self._groups:
+            self._groups[key] = {field: shared_name(len(self._groups), field) for field in payload.shared}
+            for field, name in self._groups[key].items():
+                tensor = payload.shared[field]
+                shape, dtype = tuple(tensor.shape), dtype_name(tensor.dtype)
+                self.shared[name] = SharedEntry(shape=shape, dtype=dtype, sha256=self._store(name, tensor))
+        return self._groups[key]
 
     def _store(self, name: str, tensor: Tensor) -> str:
         view = tensor_bytes(tensor)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -52,22 +52,25 @@ class Payload:
         codec: the codec's JSON configuration, ``{"id": ..., **fields}``.
         shape: ``(out, in)`` of the weight.
         dtype: dtype of the source weight (``torch.float32`` and so on); informative, decoding gives FP32.
-        tensors: the payload's tensors in the order in which they are stored.
+        tensors: the payload's own tensors in the order in which they are stored.
+        shared: those that it has in common with payloads of other weights; stored once for all of them.
     """
 
     codec: Mapping[str, Any]
     shape: tuple[int, int]
     dtype: torch.dtype
     tensors: Mapping[str, Tensor]
+    shared: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
     @property
     def bits(self) -> int:
-        """Measured size of the tensors in bits."""
+        """Measured size of its own tensors in bits."""
         return 8 * sum(t.numel() * t.element_size() for t in self.tensors.values())
 
     def to(self, device: torch.device | str) -> Payload:
         """The same payload with its tensors on ``device``."""
-        return dataclasses.replace(self, tensors={k: t.to(device) for k, t in self.tensors.items()})
+        own, shared = ({k: t.to(device) for k, t in tensors.items()} for tensors in (self.tensors, self.shared))
+        return dataclasses.replace(self, tensors=own, shared=shared)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +163,7 @@ class Codec(ABC):
 
     @abstractmethod
     def encode(self, weight: Tensor, statistics: Statistics | None = None) -> Payload:
-        """Encode ``weight``, a finite floating-point matrix ``[out, in]``.
+        """Encode ``weight``, a finite floating-point matrix ``[out, in]``; what it shares is learned from it.
 
         Raises:
             UnsupportedShapeError: the codec does not accept this shape.
@@ -176,7 +179,7 @@ class Codec(ABC):
         """
 
     def fields(self, shape: tuple[int, int]) -> tuple[Field, ...] | None:
-        """The payload's tensors for a weight of this shape, in stored order; None where only coding can tell."""
+        """The payload's own tensors for a weight of this shape, in stored order; None where only coding can tell."""
         return None
 
     def estimate_bits(self, shape: tuple[int, int]) -> int | None:
@@ -198,6 +201,27 @@ class Codec(ABC):
     def multiplies_cheaply(self) -> bool:
         """Whether ``matmul`` takes far less than decoding does, so that a sum had better multiply stage by stage."""
         return False
+
+    # Sharing: what the payloads of several weights have in common is learned before any of them is encoded. ---------
+
+    @property
+    def shared_fields(self) -> tuple[Field, ...]:
+        """The tensors that all weights of a plan with exactly this codec share, whatever their shapes."""
+        return ()
+
+    def learn(self, weights: Iterable[Tensor]) -> dict[str, Tensor]:
+        """The shared tensors for these matrices, of which one is asked for at a time.
+
+        Raises:
+            CodecError: as ``encode``.
+        """
+        return {}
+
+    def encode_sharing(
+        self, weight: Tensor, shared: Mapping[str, Tensor], statistics: Statistics | None = None
+    ) -> Payload:
+        """``encode`` with the ``shared`` tensors as they are. Raises as ``encode`` does."""
+        return self.encode(weight, statistics)
 
     # Runtime: what ``prepare`` returns stays in memory; products and look-ups work from it. --------------------------
 
@@ -270,24 +294,29 @@ class Codec(ABC):
 
     # Help for subclasses -----------------------------------------------------------------------------------------
 
-    def payload(self, weight: Tensor, tensors: Mapping[str, Tensor]) -> Payload:
+    def payload(
+        self, weight: Tensor, tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor] | None = None
+    ) -> Payload:
         """The payload of ``weight`` with these tensors."""
-        return Payload(self.to_json(), (weight.shape[0], weight.shape[1]), weight.dtype, dict(tensors))
+        shape = weight.shape[0], weight.shape[1]
+        return Payload(self.to_json(), shape, weight.dtype, dict(tensors), dict(shared or {}))
 
     def checked(self, payload: Payload) -> Mapping[str, Tensor]:
-        """The payload's tensors after comparing them with ``fields``; for fixed-rate codecs.
+        """The payload's tensors, shared ones too, after comparing them with what is expected; for fixed-rate codecs.
 
         Raises:
             InvalidPayloadError: a tensor is missing, unexpected, or of another dtype or shape.
         """
         expected = {f.name: (f.dtype, f.shape) for f in self.fields(payload.shape) or ()}
+        expected |= {f"shared {f.name}": (f.dtype, f.shape) for f in self.shared_fields}
         found = {name: (t.dtype, tuple(t.shape)) for name, t in payload.tensors.items()}
+        found |= {f"shared {name}": (t.dtype, tuple(t.shape)) for name, t in payload.shared.items()}
         if expected != found:
             raise InvalidPayloadError(
                 f"payload of {self.id} for shape {payload.shape} holds {found}, expected {expected}",
                 hint="the artifact is damaged or was written by another version",
             )
-        return payload.tensors
+        return {**payload.tensors, **payload.shared}
 
 
 def require_matrix(weight: Tensor) -> None:

@@ -18,7 +18,16 @@ from torch import Tensor
 from tenpak.codecs.base import Codec, Field, Payload, Statistics
 from tenpak.errors import InvalidPayloadError, RecipeError
 
-__all__ = ["depth", "inner_payload", "joined", "joined_fields", "require_inner", "rows_only", "split"]
+__all__ = [
+    "depth",
+    "inner_payload",
+    "joined",
+    "joined_fields",
+    "require_alone",
+    "require_inner",
+    "rows_only",
+    "split",
+]
 
 _DEEPEST = 16
 
@@ -39,6 +48,17 @@ def require_inner(codec: Codec, value: Any, field: str = "inner") -> None:
         raise RecipeError(
             f"codec {codec.id}: at most {_DEEPEST} codecs may be inside one another, got {depth(codec)}",
             hint="use fewer of them",
+        )
+    require_alone(value, f"{field} of codec {codec.id}")
+
+
+def require_alone(codec: Codec, place: str) -> None:
+    """Raise RecipeError where ``codec`` shares tensors among weights, and ``place`` is where one weight is encoded."""
+    if codec.shared_fields:
+        names = ", ".join(field.name for field in codec.shared_fields)
+        raise RecipeError(
+            f"{place}: codec {codec.id} cannot share its {names} with other weights there",
+            hint="leave out ':shared' (\"shared\" in JSON) there; it is for recipes of one stage",
         )
 
 

@@ -31,6 +31,7 @@ from torch import Tensor
 from tenpak.codecs.base import Codec, Field, Payload, Statistics, require_matrix
 from tenpak.codecs.grouping import column_importance, row_importance
 from tenpak.codecs.loss import output_loss
+from tenpak.codecs.nesting import require_alone
 from tenpak.codecs.validation import require_integer
 from tenpak.errors import InvalidPayloadError, RecipeError
 from tenpak.kernels.parallel import one_thread
@@ -76,6 +77,7 @@ class Residual(Codec):
                     f"codec {self.id}: {name} must be a codec, got {getattr(self, name)!r}",
                     hint='write it as {"id": ..., ...}',
                 )
+            require_alone(getattr(self, name), f"{name} of codec {self.id}")
         if self.stages > _MOST_STAGES:
             raise RecipeError(
                 f"codec {self.id}: at most {_MOST_STAGES} stages may be added, got {self.stages}",

@@ -22,7 +22,7 @@ from tenpak.artifact.schema import CODES_SUFFIX, MANIFEST_NAME, DenseEntry, Weig
 from tenpak.checkpoint.header import TensorInfo
 from tenpak.checkpoint.structure import Weight, bind, check_coverage
 from tenpak.errors import CheckpointError, CorruptArtifactError
-from tenpak.nn.modules import CompressedWeight, Runtime, StackedWeight, install
+from tenpak.nn.modules import CompressedWeight, Runtime, SharedTensor, StackedWeight, install
 
 __all__ = ["install_artifact", "settle"]
 
@@ -46,7 +46,8 @@ def install_artifact(
         if target in held or source in held:
             del model.all_tied_weights_keys[target]
     unused = [re.escape(weight.name) for weight in weights if not weight.parameter]
-    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), f"{CODES_SUFFIX}$", *unused]
+    shared = [f"^{re.escape(name)}$" for name in artifact.manifest.shared]
+    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), f"{CODES_SUFFIX}$", *shared, *unused]
     model._keys_to_ignore_on_load_unexpected = _Patterns(ignored)
     return artifact
 
@@ -113,11 +114,14 @@ def _install_all(
     transposed: dict[str, bool] = {}
     tied = _tied_parameters(model, {weight.parameter for weight in weights if weight.parameter})
     held: set[str] = set()
+    shared = {name: SharedTensor(artifact.read_shared(name, verify=verify)) for name in artifact.manifest.shared}
     for weight in weights:
         entry = artifact.manifest.weights.get(weight.name)
         if entry is None:
             continue
-        payload = CompressedWeight(weight.name, entry, artifact.read_blob(weight.name, verify=verify), dtype)
+        blob = artifact.read_blob(weight.name, verify=verify)
+        parts = {field: shared[stored] for field, stored in entry.shared.items()}
+        payload = CompressedWeight(weight.name, entry, blob, dtype, parts)
         if weight.kind == "expert":
             transposed[weight.parameter] = weight.transposed
             for index in range(weight.matrices):

@@ -10,7 +10,7 @@ method resolution order, so Gemma's scaled embedding or OPT's shifted positions 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Self
 
 import torch
@@ -29,11 +29,28 @@ __all__ = [
     "CompressedLinear",
     "CompressedWeight",
     "Runtime",
+    "SharedTensor",
     "StackedWeight",
     "install",
 ]
 
 Runtime = Literal["memory", "speed"]
+
+
+class SharedTensor:
+    """A tensor that payloads of several weights share, in memory once on each device where one of them is.
+
+    It is no buffer: each weight's module would move it by itself, and cast it with the model.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._copies = {tensor.device: tensor}
+
+    def on(self, device: torch.device) -> Tensor:
+        """The tensor on a device."""
+        if device not in self._copies:
+            self._copies[device] = next(iter(self._copies.values())).to(device)
+        return self._copies[device]
 
 
 class CompressedWeight(nn.Module):
@@ -44,18 +61,27 @@ class CompressedWeight(nn.Module):
         entry: what the manifest says of it.
         blob: its payload bytes, uint8 ``[n]``.
         dtype: dtype in which decoded weights enter products; follows ``model.to(dtype)``.
+        shared: what its payloads share with those of other weights, by field.
     """
 
     codes: Tensor
     like: Tensor
 
-    def __init__(self, name: str, entry: WeightEntry, blob: Tensor, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        name: str,
+        entry: WeightEntry,
+        blob: Tensor,
+        dtype: torch.dtype,
+        shared: Mapping[str, SharedTensor] | None = None,
+    ) -> None:
         super().__init__()
         self.name = name
         self.entry = entry
         self.codec = registry.from_json(entry.codec)
         # A plain attribute until the model is loaded: transformers re-creates buffers that it did not load itself.
         self._pending: Tensor | None = blob
+        self._shared = dict(shared or {})
         self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
         self._prepared: list[Any] | None = None
         self._kept: list[Tensor] | None = None
@@ -75,7 +101,7 @@ class CompressedWeight(nn.Module):
 
     def payloads(self) -> list[Payload]:
         """The payloads, one per matrix, as views of the bytes."""
-        return split(self.blob, self.entry)
+        return split(self.blob, self.entry, {name: one.on(self.blob.device) for name, one in self._shared.items()})
 
     def keep(self) -> None:
         """Decode once and keep the weights."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from tenpak.codecs.base import Codec
+from tenpak.codecs.nesting import require_alone
 from tenpak.codecs.pattern import Pattern
 from tenpak.codecs.validation import require_bool, require_integer
 from tenpak.errors import RecipeError
@@ -78,7 +79,10 @@ class PIXELConfig:
     @property
     def rest(self) -> Codec | None:
         """The codec of what patterns leave."""
-        return None if self.residual is None else parse(self.residual)
+        rest = None if self.residual is None else parse(self.residual)
+        if rest is not None:
+            require_alone(rest, f"{_OWNER}: residual")
+        return rest
 
     @property
     def scales_codec(self) -> Codec:

@@ -5,7 +5,7 @@ Several tensors at a time, one thread each: see ``kernels.parallel``. Each finis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from tenpak.allocation.plan import PlanEntry
 from tenpak.checkpoint.source import TORCH_DTYPES, Checkpoint, tensor_sha256
 from tenpak.checkpoint.structure import Weight
-from tenpak.codecs.base import Codec, Payload, Statistics
+from tenpak.codecs.base import Codec, Payload, Statistics, require_matrix
 from tenpak.codecs.rounding.correction import corrected
 from tenpak.errors import CalibrationError, CodecError
 from tenpak.kernels.parallel import one_thread, ordered_map
@@ -29,6 +29,7 @@ __all__ = [
     "dense_tensor",
     "encode_entries",
     "encode_unit",
+    "learn_shared",
     "require_finite",
     "stored_reader",
     "unit_statistics",
@@ -44,6 +45,52 @@ class Numbered:
 
     number: int
     entry: PlanEntry
+
+
+def learn_shared(
+    checkpoint: Checkpoint, entries: Iterable[Numbered], work: Work, done: Callable[[Weight], None] | None = None
+) -> None:
+    """Learn what tensors of a codec share, from all of them as the checkpoint has them, and keep it.
+
+    Args:
+        checkpoint: the source.
+        entries: all entries of the plan whose codec has something to share.
+        work: where it goes, or is found.
+        done: called after each tensor that was read for it.
+
+    Raises:
+        CheckpointError: a tensor cannot be read.
+        CodecError: a weight cannot be encoded; names it.
+        ArtifactError: the work folder cannot be written.
+    """
+    groups: dict[Codec, list[Weight]] = {}
+    for item in entries:
+        assert item.entry.codec is not None  # dense entries have none
+        groups.setdefault(item.entry.codec, []).append(item.entry.weight)
+    for codec, weights in groups.items():
+        if not work.shared(codec.to_json()):
+            work.put_shared(codec.to_json(), codec.learn(_matrices(checkpoint, weights, done)))
+
+
+def _matrices(
+    checkpoint: Checkpoint, weights: Iterable[Weight], done: Callable[[Weight], None] | None
+) -> Iterator[Tensor]:
+    """All matrices of these tensors, ``[out, in]``, one after the other."""
+    for weight in weights:
+        for matrix in _unstacked(weight, checkpoint.read(weight.name)):
+            try:
+                require_matrix(matrix)
+            except CodecError as error:
+                raise CodecError(f"{weight.name}: {error}", hint=error.hint) from error
+            yield matrix
+        if done is not None:
+            done(weight)
+
+
+def _unstacked(weight: Weight, tensor: Tensor) -> list[Tensor]:
+    """The matrices ``[out, in]`` of a tensor."""
+    matrices = tensor.unbind(0) if tensor.ndim == 3 else (tensor,)
+    return [matrix.T if weight.transposed else matrix for matrix in matrices]
 
 
 def encode_entries(
@@ -74,7 +121,8 @@ def encode_entries(
         if work.has(item.number, weight.name):
             return item, True
         found = statistics(weight) if statistics is not None and codec.needs_statistics else None
-        work.put(item.number, weight.name, encode_unit(codec, weight, checkpoint.read(weight.name), found))
+        shared = work.shared(codec.to_json())
+        work.put(item.number, weight.name, encode_unit(codec, weight, checkpoint.read(weight.name), found, shared))
         return item, False
 
     for item, reused in ordered_map(encode, entries):
@@ -85,7 +133,11 @@ def encode_entries(
 
 
 def encode_unit(
-    codec: Codec, weight: Weight, tensor: Tensor, statistics: Sequence[Statistics | None] | None = None
+    codec: Codec,
+    weight: Weight,
+    tensor: Tensor,
+    statistics: Sequence[Statistics | None] | None = None,
+    shared: Mapping[str, Tensor] | None = None,
 ) -> Unit:
     """A tensor encoded, with what an artifact says of it and, for a layer that may have a bias, its correction.
 
@@ -97,22 +149,22 @@ def encode_unit(
         tensor: its values, in their stored shape.
         statistics: of its matrices; a matrix of which nothing is known takes those of unit inputs, which is to say
             that it is rounded without data.
+        shared: what it shares with other tensors of the codec, where these have anything in common.
 
     Raises:
         CodecError, CalibrationError: of the codec's own kind, naming the tensor.
     """
-    matrices = tensor.unbind(0) if tensor.ndim == 3 else (tensor,)
+    matrices = _unstacked(weight, tensor)
     found = statistics if statistics is not None else [None] * len(matrices)
     payloads, bias = [], None
     try:
-        for matrix, known in zip(matrices, found, strict=True):
-            target = matrix.T if weight.transposed else matrix
+        for target, known in zip(matrices, found, strict=True):
             if statistics is not None and (known is None or known.metric is None):
                 known = unit_statistics(target.shape[1])
             elif known is not None:
                 with one_thread():
                     target = corrected(target, known)
-            payloads.append(codec.encode(target, known))
+            payloads.append(codec.encode_sharing(target, shared or {}, known))
             if weight.kind == "matrix" and known is not None and known.count and known.mean is not None:
                 with one_thread():
                     bias = (target.float() - codec.decode(payloads[-1])) @ known.mean

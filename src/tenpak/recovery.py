@@ -191,6 +191,9 @@ def _store(items: Sequence[Numbered], units: Work, into: Work, tuned: Mapping[in
         assert unit is not None  # the run is finished
         if item.number in tuned:
             unit = replace(unit, payloads=(tuned[item.number].payload(),))
+        codec = unit.payloads[0].codec
+        if unit.payloads[0].shared and not into.shared(codec):
+            into.put_shared(codec, unit.payloads[0].shared)
         into.put(item.number, item.entry.weight.name, unit)
 
 

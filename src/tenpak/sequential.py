@@ -264,7 +264,8 @@ class _Models:
             tensor = self.walk.compressed.checkpoint.read(weight.name)
             rows = before.get(weight.name, 0)
             found = self._known(weight, statistics, rows) if codec.needs_statistics else None
-            self.walk.work.put(item.number, weight.name, encode_unit(codec, weight, tensor, found))
+            shared = self.walk.work.shared(codec.to_json())
+            self.walk.work.put(item.number, weight.name, encode_unit(codec, weight, tensor, found, shared))
 
         left = [item for item in step.items if item.number not in finished]
         self.walk.work.reused.extend(item.entry.weight.name for item in step.items if item.number in finished)

@@ -18,7 +18,7 @@ from tenpak.calibration.skeleton import OUTSIDE, Skeleton
 from tenpak.calibration.statistics import StatisticsFolder
 from tenpak.checkpoint.source import fingerprint, tensor_sha256
 from tenpak.checkpoint.structure import Weight
-from tenpak.encoding import Lookup, Numbered, encode_entries, stored_reader
+from tenpak.encoding import Lookup, Numbered, encode_entries, learn_shared, stored_reader
 from tenpak.errors import CalibrationError
 from tenpak.job import Job
 from tenpak.sequential import Walk, encode_blocks
@@ -155,6 +155,8 @@ def encode_all(task: Task, work: Work, progress: Progress | None = None, *, stat
         ArtifactError: the work folder cannot be written.
     """
     items = numbered(task.job)
+    sharing = [item for item in items if item.entry.codec is not None and item.entry.codec.shared_fields]
+    learn_shared(task.job.checkpoint, sharing, work, counter(sharing, progress, "learning"))
     done = counter(items, progress)
     needing = [item for item in items if item.entry.codec is not None and item.entry.codec.needs_statistics]
     if not needing:

@@ -9,6 +9,7 @@ made.
 
     run.json
     units/00012.safetensors          by the tensor's place in the plan
+    shared/<codec>.safetensors       what all tensors of a codec share, by a hash of its configuration
     tuned.safetensors                dense tensors that tuning has changed; all units are there when it is
     statistics/                      of the original model, where a recipe needs them
     passes/<name>/                   the work of each pass of a search, where a run makes several
@@ -101,6 +102,7 @@ class Work:
         self.reused: list[str] = []
         self._lock = contextlib.ExitStack()
         self._tuned: Tuned | None = None
+        self._shared: dict[str, dict[str, Tensor]] = {}
 
     def __enter__(self) -> Self:
         """Open the folder.
@@ -136,7 +138,7 @@ class Work:
 
     def remove(self) -> None:
         """Delete what it holds of a run, which has become an artifact or is of no use; and itself, if empty then."""
-        for name in ("units", "statistics", "passes"):
+        for name in ("units", "shared", "statistics", "passes"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         for path in self.folder.glob("run.*"):
             if path.name in (RUN_NAME, "run.partial"):
@@ -148,7 +150,7 @@ class Work:
     @property
     def empty(self) -> bool:
         """Whether nothing in it is worth keeping."""
-        kept = any((self.folder / name).exists() for name in ("statistics", "passes"))
+        kept = any((self.folder / name).exists() for name in ("shared", "statistics", "passes"))
         return not kept and not any((self.folder / "units").glob("*.safetensors"))
 
     def inner(self, name: str, more: Mapping[str, Any]) -> Work:
@@ -173,6 +175,7 @@ class Work:
                         (int(about["shape"][0]), int(about["shape"][1])),
                         TORCH_DTYPES[about["dtype"]],
                         {field: file.get_tensor(f"{index}.{field}") for field in fields},
+                        self.shared(about["codec"]),
                     )
                     for index, fields in enumerate(about["fields"])
                 )
@@ -211,6 +214,29 @@ class Work:
             tensors["bias"] = unit.bias.contiguous()
         self._save(self._path(number), tensors, {"unit": json.dumps(about)})
 
+    def shared(self, codec: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        """What all tensors of a codec share, by field; empty where nothing is kept, or what is there is damaged."""
+        path = self._shared_path(codec)
+        if path.name not in self._shared and path.is_file():
+            try:
+                with safe_open(path, framework="pt") as file:
+                    hashes = json.loads(file.metadata()["sha256"])
+                    tensors = {field: file.get_tensor(field) for field in file.keys()}  # noqa: SIM118  # no mapping
+            except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+                return {}
+            if hashes == {field: tensor_sha256(tensor) for field, tensor in tensors.items()}:
+                self._shared[path.name] = tensors
+        return self._shared.get(path.name, {})
+
+    def put_shared(self, codec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Keep what all tensors of a codec share.
+
+        Raises:
+            ArtifactError: the disk is full or the folder cannot be written.
+        """
+        hashes = {field: tensor_sha256(tensor) for field, tensor in tensors.items()}
+        self._save(self._shared_path(codec), tensors, {"sha256": json.dumps(hashes)})
+
     def put_tuned(self, tuned: Tuned) -> None:
         """Say that the units are tuned, and keep the dense tensors that go with them.
 
@@ -242,6 +268,7 @@ class Work:
         """Write a file under another name and rename it."""
         temporary = path.with_suffix(f".partial-{os.getpid()}")
         try:
+            path.parent.mkdir(exist_ok=True)
             save_file(dict(tensors), temporary, metadata=dict(about))
             temporary.replace(path)
         except (OSError, SafetensorError) as error:
@@ -251,6 +278,9 @@ class Work:
 
     def _path(self, number: int) -> Path:
         return self.folder / "units" / f"{number:05d}.safetensors"
+
+    def _shared_path(self, codec: Mapping[str, Any]) -> Path:
+        return self.folder / "shared" / f"{run_key(codec)[:16]}.safetensors"
 
     def _claim(self) -> None:
         """Write what the run depends on, or compare it with what is written."""

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from tenpak.artifact.schema import CODES_SUFFIX
+from tenpak.artifact.schema import CODES_SUFFIX, shared_name
 from tenpak.checkpoint.header import DTYPE_BYTES
-from tenpak.checkpoint.source import TORCH_DTYPES
+from tenpak.checkpoint.source import TORCH_DTYPES, dtype_name
 from tenpak.checkpoint.structure import Weight
 from tenpak.codecs.base import Codec
 from tenpak.codecs.trellis import Trellis
@@ -81,11 +81,14 @@ def stored_rows(
 ) -> list[tuple[str, str, tuple[int, ...], int]]:
     """Name, dtype, shape and bytes of every tensor that an artifact stores, as ``writer.predicted_bytes`` takes them.
 
+    What weights of a codec share comes once, before the first of them.
+
     Args:
         plan: all tensors; tied ones are not stored.
         bits: payload bits of an entry, by its place in the plan; None where they are not known: those of the source.
     """
     rows: list[tuple[str, str, tuple[int, ...], int]] = []
+    sharing: list[Codec] = []
     for number, entry in enumerate(plan.entries):
         weight, size = entry.weight, entry.weight.numel * DTYPE_BYTES[entry.weight.dtype]
         if weight.tied_to is not None:
@@ -93,6 +96,12 @@ def stored_rows(
         if entry.codec is None:
             rows.append((weight.name, entry.dtype, weight.shape, weight.numel * DTYPE_BYTES[entry.dtype]))
             continue
+        if entry.codec.shared_fields and entry.codec not in sharing:
+            group = len(sharing)
+            sharing.append(entry.codec)
+            rows += [
+                (shared_name(group, f.name), dtype_name(f.dtype), f.shape, f.nbytes) for f in entry.codec.shared_fields
+            ]
         found = bits(number, entry)
         stored = size if found is None else found // 8
         rows.append((weight.name + CODES_SUFFIX, "U8", (stored,), stored))

@@ -41,10 +41,19 @@ def _inspect_artifact(artifact: Path, as_json: bool) -> None:
     report = measured(artifact).to_json()
     manifest = open_artifact(artifact).manifest
     weights = {name: {"shape": list(e.shape), "codec": e.codec, "bits": e.bits} for name, e in manifest.weights.items()}
-    print_result({**report, "weights": weights, "tied": manifest.tied}, as_json, report_rows(report), str(artifact))
+    sharers = manifest.sharers
+    shared: dict[str, dict[str, Any]] = {
+        name: {"shape": list(e.shape), "dtype": e.dtype, "weights": len(sharers[name])}
+        for name, e in manifest.shared.items()
+    }
+    content = {**report, "weights": weights, "shared": shared, "tied": manifest.tied}
+    print_result(content, as_json, report_rows(report), str(artifact))
     if as_json:
         return
     print_tensors(manifest.weights)
+    for name, entry in shared.items():
+        shape = "×".join(map(str, entry["shape"]))
+        out.print(f"shared: {name}, {shape} {entry['dtype']}, by {entry['weights']} tensors", soft_wrap=True)
     explain_dense(report["dense"])
 
 

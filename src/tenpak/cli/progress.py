@@ -27,7 +27,7 @@ Update = Callable[[str, int, int], None]
 _UNITS = {
     "sampling": "tokens", "calibrating": "tokens × blocks", "evaluating": "tokens", "generating": "tokens",
     "tuning": "steps", "searching": "weights", "profiling": "weights", "measuring": "tensors", "weighing": "weights",
-    "merging": "blocks", "encoding": "weights", "writing": "weights", "checking": "bytes",
+    "merging": "blocks", "encoding": "weights", "learning": "weights", "writing": "weights", "checking": "bytes",
     "measuring memory": "models", "expected costs": "tensors", "activations": "tokens", "weights": "tensors",
     "costs": "tokens", "generation": "prompts",
 }  # fmt: skip

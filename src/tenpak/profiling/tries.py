@@ -26,6 +26,7 @@ from tenpak.checkpoint.header import DTYPE_BYTES
 from tenpak.checkpoint.parts import places
 from tenpak.checkpoint.structure import Weight
 from tenpak.codecs.base import Codec, Statistics
+from tenpak.codecs.nesting import require_alone
 from tenpak.encoding import Lookup, encode_unit
 from tenpak.errors import ArtifactError, RecipeError, UnsupportedShapeError
 from tenpak.job import Job
@@ -53,7 +54,7 @@ def profiled(
         progress: called after each tensor.
 
     Raises:
-        RecipeError: no candidate is meant for a tensor.
+        RecipeError: no candidate is meant for a tensor, or one shares something among tensors.
         CheckpointError: a tensor cannot be read.
         CodecError, CalibrationError: a weight cannot be encoded; names it.
         ArtifactError: the work folder cannot be written.
@@ -66,6 +67,9 @@ def profiled(
     bare = [name for name, recipes in wanted.items() if not recipes]
     if bare:
         raise RecipeError(f"no candidate is meant for {bare[0]!r}", hint="give candidates without a pattern as well")
+    for codec in map(parse, dict.fromkeys(recipe for recipes in wanted.values() for recipe in recipes)):
+        if codec is not None:
+            require_alone(codec, "a profile, which tries tensors one by one")
     folder = work.folder / "statistics"
     lookup = statistics_of(task, folder, progress)
     assert lookup is not None  # the trellis codec needs them

@@ -1,8 +1,9 @@
 """The size bill: what every byte of an artifact's weight files is spent on.
 
 A file is 8 bytes that say how long its header is, the header's JSON, spaces that pad it to a multiple of 8, then the
-tensors back to back. Compressed tensors are counted by codec and, within a codec, by the fields of its payloads; dense
-ones by dtype. The items add up to the sizes that the file system states, exactly, or there is an error.
+tensors back to back. Compressed tensors, and those that they share, are counted by codec and, within a codec, by the
+fields of its payloads; dense ones by dtype. The items add up to the sizes that the file system states, exactly, or
+there is an error.
 """
 
 from __future__ import annotations
@@ -81,6 +82,10 @@ def size_bill(artifact: Artifact, labels: Mapping[str, str]) -> Bill:
         label = labels[name]
         payloads.setdefault(label, Counter()).update(_fields(entry))
         counts[label] += 1
+    for name, (weight, *_) in artifact.manifest.sharers.items():
+        field = next(field for field, stored in artifact.manifest.weights[weight].shared.items() if stored == name)
+        payloads[labels[weight]][field] += artifact.tensors[name].nbytes
+        counts[labels[weight]] += 1
     dense, dense_counts = Counter[str](), Counter[str]()
     for name, kept in artifact.manifest.dense.items():
         dense[kept.dtype] += artifact.tensors[name].nbytes

@@ -52,7 +52,7 @@ class Stored:
         place: in the model.
         shape: when decoded.
         codec: what stores of its kind are called: a recipe, a codec id where there are many, or ``dense BF16``.
-        recipe: of its codec in full; None where it is dense.
+        recipe: of its codec in full; None where it is dense, or what other tensors share.
         bytes: of its payloads or of the dense tensor.
         reason: why it is dense; empty where it is not.
     """
@@ -77,7 +77,7 @@ class Stored:
     @property
     def is_matrix(self) -> bool:
         """Whether it is compressed, or could be by its shape."""
-        return self.recipe is not None or len(self.shape) > 1
+        return self.recipe is not None or (bool(self.reason) and len(self.shape) > 1)
 
 
 @dataclass(frozen=True)
@@ -173,6 +173,9 @@ def _stored(artifact: Artifact, recipes: Mapping[str, str], labels: Mapping[str,
         name: Stored(name, place(name), entry.shape, labels[name], recipes[name], entry.bits // 8)
         for name, entry in manifest.weights.items()
     }
+    for name, (weight, *_) in manifest.sharers.items():
+        nbytes = artifact.tensors[name].nbytes
+        found[name] = Stored(name, Place(None, name), manifest.shared[name].shape, labels[weight], None, nbytes)
     for name, dense in manifest.dense.items():
         nbytes = artifact.tensors[name].nbytes
         found[name] = Stored(name, place(name), dense.shape, f"dense {dense.dtype}", None, nbytes, dense.reason)

@@ -32,9 +32,9 @@ class Report(Sizes):
         bytes: of the weight files.
         checkpoint_bytes: of the source's weight files.
         folder_bytes: of everything in the folder when the weights were published; a page added later does not count.
-        payload_bits: of all compressed tensors.
+        payload_bits: of all compressed tensors, and of what they share, once.
         compressed_parameters: elements of all compressed tensors.
-        codecs: codec id → bytes.
+        codecs: codec id → bytes, what tensors share once.
         dense: tensor → bytes and reason.
         seconds: to encode and write.
         reused: tensors that an earlier run had finished.
@@ -107,6 +107,9 @@ def measured(
     codecs: dict[str, int] = defaultdict(int)
     for entry in manifest.weights.values():
         codecs[str(entry.codec["id"])] += entry.bits // 8
+    shared = {name: artifact.tensors[name].nbytes for name in manifest.shared}
+    for name, (weight, *_) in manifest.sharers.items():
+        codecs[str(manifest.weights[weight].codec["id"])] += shared[name]
     return Report(
         artifact=str(folder),
         source=manifest.source.name,
@@ -115,7 +118,7 @@ def measured(
         bytes=artifact.bytes,
         checkpoint_bytes=manifest.source.bytes if checkpoint_bytes is None else checkpoint_bytes,
         folder_bytes=sum(path.stat().st_size for path in artifact.folder.iterdir() if path.name != PAGE_NAME),
-        payload_bits=sum(entry.bits for entry in manifest.weights.values()),
+        payload_bits=sum(entry.bits for entry in manifest.weights.values()) + 8 * sum(shared.values()),
         compressed_parameters=sum(math.prod(entry.shape) for entry in manifest.weights.values()),
         codecs=dict(codecs),
         dense={

@@ -112,7 +112,7 @@ def test_compress_and_inspect(work: Path) -> None:
     searched = report_of(Found(None, (Trial(1.0, 0.09),), Measure(0.09, 0.01, 1000)), Budget.parse("kl=0.1"))
     whole = {**tuned, "search": {**tuned["search"], **searched}}
     plain = printed("compress", work / "experts", "-o", work / "plain", "--recipe", "gptq-int4", *texts[:2],
-                    "--evaluation", "none")  # fmt: skip
+                    "--set", "*.k_proj=vq4x16:shared", "--evaluation", "none")  # fmt: skip
     assert plain["quality"] is plain["search"] is plain["overlap"] is None
     compare("compress", tuned, plain, whole)
     report = json.loads((work / "tuned" / "report.json").read_text())
@@ -122,7 +122,7 @@ def test_compress_and_inspect(work: Path) -> None:
     inspected = printed("inspect", work / "tuned")
     assert inspected["seconds"] is inspected["search"] is None
     assert inspected["tied"]
-    compare("inspect", inspected, plain, whole)
+    compare("inspect", inspected, printed("inspect", work / "plain"), plain, whole)
 
 
 def test_dry_run(work: Path) -> None:

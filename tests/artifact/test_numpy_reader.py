@@ -47,6 +47,7 @@ RECIPES = (
     '{"id":"vector/1"}',
     '{"id":"vector/1","dimension":8,"entries":1024,"scaled":true,"weighting":"magnitude"}',
     '{"id":"vector/1","dimension":2,"entries":16,"weighting":"calibrated"}',
+    *("vq4x16:shared", "gptq-vq8x64:shared:rounds=1"),
     '{"id":"additive/1","calibrated":false,"entries":512}',
     '{"id":"additive/1","books":3,"dimension":4,"entries":32,"beam":2,"rounds":1}',
     *("trellis:0.01:datafree:states=1", "trellis:0.005", "trellis:0.02:states=8:rate=0.0", "trellis:1e-4:states=1"),
@@ -147,7 +148,11 @@ def test_any_payload_bytes_decode_alike(
 
 @pytest.mark.parametrize(
     ("family", "recipe"),
-    [("gpt2", "int3:g16"), ("mixtral", "int4:g32+nf2:g8"), ("gpt_oss", "nf4:g16:learned"), ("llama", "int5:g24:sym")],
+    [
+        *(("gpt2", "int3:g16"), ("mixtral", "int4:g32+nf2:g8"), ("gpt_oss", "nf4:g16:learned")),
+        *(("llama", "int5:g24:sym"), ("gpt2", "vq8x32:shared"), ("mixtral", "vq4x16:shared")),
+        ("gpt_oss", "vq16x64:shared"),
+    ],
 )
 def test_models(family: str, recipe: str, tmp_path: Path) -> None:
     """Transposed (GPT-2), experts of their own tensors (Mixtral), stacked and transposed (GPT-OSS)."""

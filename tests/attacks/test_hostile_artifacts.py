@@ -45,8 +45,10 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "model" / "tokenizer.json").write_text("{}")
     tenpak.compress(folder / "model", folder / "one", recipe="int4:g8+nf3:g16:learned")
     tenpak.compress(folder / "model", folder / "two", max_shard_bytes=9000)
+    tenpak.compress(folder / "model", folder / "shared", recipe="vq4x16:shared", overrides=["*.k_proj=vq8x16:shared"])
     assert (folder / "two" / FIRST).is_file()
     load_everywhere(folder / "one")
+    load_everywhere(folder / "shared")
     load_everywhere(folder / "two")
     return folder
 
@@ -229,6 +231,59 @@ MANIFESTS: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("change", MANIFESTS.values(), ids=MANIFESTS)
 def test_hostile_manifest(change: Callable[[Any], Any], artifact: Path) -> None:
+    edit_manifest(artifact, lambda content: change(content) and None)
+    refused(artifact)
+
+
+BOOK, OTHER = "shared_0_codebook", "shared_1_codebook"
+
+
+def shared(**changes: Any) -> Callable[[Any], None]:
+    return lambda content: content["shared"][BOOK].update(changes)
+
+
+def unshared(content: Any) -> None:
+    """A dense tensor listed as one that is shared, but no weight names it."""
+    content["shared"][NORM] = {key: value for key, value in content["dense"].pop(NORM).items() if key != "reason"}
+
+
+def twice(content: Any) -> None:
+    """Listed as shared and as dense."""
+    content["dense"][BOOK] = {**content["shared"][BOOK], "reason": ""}
+
+
+SHARED: dict[str, Callable[[Any], Any]] = {
+    "a missing tensor": weight(shared={"codebook": "shared_7_codebook"}),
+    "a tensor that is no shared one": weight(shared={"codebook": NORM}),
+    "its own payload": weight(shared={"codebook": f"{Q}_codes"}),
+    "a tensor of another shape": weight(shared={"codebook": OTHER}),
+    "nothing": lambda content: content["weights"][Q].pop("shared") and None,
+    "an empty list": weight(shared={}),
+    "another field": weight(shared={"scales": BOOK}),
+    "one field too many": weight(shared={"codebook": BOOK, "more": BOOK}),
+    "a field too many, missing": weight(shared={"codebook": BOOK, "more": "nothing"}),
+    "a number": weight(shared={"codebook": 7}),
+    "a huge shape": shared(shape=[HUGE, HUGE]),
+    "another shape": shared(shape=[4, 16]),
+    "another dtype": shared(dtype="BF16"),
+    "an unknown dtype": shared(dtype="F4"),
+    "no list": lambda content: content.pop("shared") and None,
+    "a list without it": lambda content: content["shared"].pop(BOOK) and None,
+    "what no weight names": unshared,
+    "two tensors of a name": twice,
+    "the version of others": lambda content: content.update(format_version=1),
+}
+
+
+@pytest.mark.parametrize("change", SHARED.values(), ids=SHARED)
+def test_hostile_sharing(change: Callable[[Any], Any], sound: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(sound / "shared", tmp_path / "artifact"))
+    edit_manifest(folder, lambda content: change(content) and None)
+    refused(folder)
+
+
+@pytest.mark.parametrize("change", [weight(shared={"codebook": NORM}), lambda c: c.update(format_version=2)])
+def test_sharing_where_nothing_is_shared(change: Callable[[Any], Any], artifact: Path) -> None:
     edit_manifest(artifact, lambda content: change(content) and None)
     refused(artifact)
 

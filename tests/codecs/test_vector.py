@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -148,6 +149,64 @@ def test_magnitude_favours_long_vectors() -> None:
     assert error("magnitude") < 0.95 * error("equal")
 
 
+# Sharing -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weighting", ["equal", "calibrated"])
+def test_a_shared_codebook_stays_as_it_is_learned(weighting: str) -> None:
+    codec = Vector(4, 32, True, weighting, rounds=3, shared=True)
+    matrices = [weights(40, 101), 20 * weights(24, 64, seed=1)]
+    book = codec.learn(matrices)
+    assert book["codebook"].shape == (32, 4)
+    assert book["codebook"].dtype == torch.float16
+    for matrix in matrices:
+        payload = codec.encode_sharing(matrix, book, known(*matrix.shape))
+        assert payload.shared["codebook"].equal(book["codebook"])
+        assert payload.bits == codec.estimate_bits(payload.shape)
+        assert payload.bits == Vector(4, 32, True).estimate_bits(payload.shape) - 16 * 32 * 4
+        count = -(-payload.shape[1] // 4)
+        codes = unpack(payload.tensors["codes"], 5, count).numpy().astype(int)
+        expected = book["codebook"].float().numpy()[codes].reshape(len(codes), -1)[:, : payload.shape[1]]
+        expected = expected * payload.tensors["scales"].float().numpy()[:, None]
+        assert np.array_equal(codec.decode(payload).numpy(), expected)
+
+
+def test_rows_of_any_size_count_the_same_for_what_is_learned() -> None:
+    matrix = weights(60, 64)
+    codec = Vector(4, 16, scaled=True, shared=True)
+    once = codec.learn([matrix])["codebook"].float()
+    scaled = codec.learn([matrix * torch.logspace(-2, 2, 60).unsqueeze(1)])["codebook"].float()
+    assert torch.allclose(once, scaled, atol=2e-3)  # scales are rounded to FP16
+
+
+def test_what_is_learned_from_is_bounded_and_of_all_matrices() -> None:
+    """Each matrix has a pattern of its own; all of them are among so many vectors that only some are taken."""
+    patterns = torch.eye(16)[:, :4].contiguous()
+    patterns[4:] = torch.randn(12, 4, generator=random(3))
+    patterns /= patterns.square().mean(1, keepdim=True).sqrt()
+    codec = Vector(4, 16, scaled=True, shared=True)
+    seen = 0
+
+    def matrices() -> Iterator[Tensor]:
+        nonlocal seen
+        for pattern in patterns:
+            seen += 1
+            yield 0.02 * pattern.repeat(1000, 16)
+
+    book = codec.learn(matrices())["codebook"].float()
+    assert seen == 16
+    assert torch.cdist(patterns, book).amin(1).max() < 2e-3
+    assert torch.equal(book, codec.learn(matrices())["codebook"].float())
+
+
+def test_rounds_with_a_shared_codebook_lower_the_loss() -> None:
+    weight, statistics = weights(96, 128), known(96, 128)
+    losses = [
+        loss(weight, Vector(4, 64, True, "calibrated", rounds=rounds, shared=True), statistics) for rounds in (0, 1, 6)
+    ]
+    assert losses[0] > 1.02 * losses[1] >= losses[2]
+
+
 # Feedback ------------------------------------------------------------------------------------------------------------
 
 
@@ -243,6 +302,8 @@ def test_beyond_fp16_is_refused(scaled: bool) -> None:
         ({"rounds": -1}, "rounds must be an integer from 0 to 100, got -1"),
         ({"damping": 0}, "damping must be a number"),
         ({"seed": 1 << 32}, "seed must"),
+        ({"shared": 1}, "shared must be true or false, got 1"),
+        ({"shared": True}, "a shared codebook is for rows that are scaled"),
     ],
 )
 def test_configuration_is_checked(fields: dict[str, object], message: str) -> None:

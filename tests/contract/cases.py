@@ -139,10 +139,12 @@ def _lowrank(name: str, rms: float, factor: dict[str, Any], *, calibrated: bool 
     return Case(name, config, rms, False, calibrated, constants=factor["id"] == "dense/1", apart=False)
 
 
-def _vector(dimension: int, entries: int, scaled: bool, weighting: str, rms: float, rounds: int = 2) -> Case:
+def _vector(
+    dimension: int, entries: int, scaled: bool, weighting: str, rms: float, rounds: int = 2, shared: bool = False
+) -> Case:
     config = {"id": "vector/1", "dimension": dimension, "entries": entries, "scaled": scaled, "weighting": weighting}
-    config |= {"rounds": rounds, "damping": 0.01, "seed": 0}
-    name = f"{dimension}x{entries}{'-scaled' * scaled}-{weighting}"
+    config |= {"rounds": rounds, "damping": 0.01, "seed": 0, **({"shared": True} if shared else {})}
+    name = f"{dimension}x{entries}{'-scaled' * scaled}{'-shared' * shared}-{weighting}"
     return Case(name, config, rms, portable=False, calibrated=weighting == "calibrated", apart=False)
 
 
@@ -294,6 +296,8 @@ CASES: dict[str, tuple[Case, ...]] = {
         _vector(8, 16, True, "magnitude", 0.9, rounds=0),
         _vector(2, 512, False, "calibrated", 0.1),
         _vector(16, 64, True, "calibrated", 0.9),
+        _vector(4, 64, True, "equal", 0.6, shared=True),
+        _vector(8, 16, True, "calibrated", 0.95, shared=True),
     ),
 }
 

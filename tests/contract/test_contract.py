@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from cases import CASES, Case, normal
+from cases import CASES, Case, correlated, normal
 from torch import Tensor
 
 from tenpak.codecs import registry
@@ -19,10 +19,10 @@ SHAPES = [(1, 1), (1, 40), (40, 1), (7, 5), (3, 300), (5, 33), (2, 257)]
 
 
 def same_bytes(a: Payload, b: Payload) -> bool:
-    return list(a.tensors) == list(b.tensors) and all(
-        a.tensors[k].dtype == b.tensors[k].dtype
-        and torch.equal(a.tensors[k].contiguous().view(torch.uint8), b.tensors[k].contiguous().view(torch.uint8))
-        for k in a.tensors
+    one, other = ([*payload.tensors.items(), *payload.shared.items()] for payload in (a, b))
+    return [name for name, _ in one] == [name for name, _ in other] and all(
+        x.dtype == y.dtype and torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
+        for (_, x), (_, y) in zip(one, other, strict=True)
     )
 
 
@@ -55,7 +55,8 @@ def test_decodes_from_the_payload_alone(case: Case, shape: tuple[int, int]) -> N
     payload = case.encode(normal(*shape))
     expected = case.codec.decode(payload)
     config = json.loads(json.dumps(payload.codec))
-    rebuilt = Payload(config, shape, torch.float32, {k: t.clone() for k, t in payload.tensors.items()})
+    own, shared = ({k: t.clone() for k, t in tensors.items()} for tensors in (payload.tensors, payload.shared))
+    rebuilt = Payload(config, shape, torch.float32, own, shared)
     decoded = registry.from_json(config).decode(rebuilt)
     assert decoded.shape == shape
     assert decoded.dtype == torch.float32
@@ -75,6 +76,8 @@ def test_measured_size_is_the_estimated(case: Case, shape: tuple[int, int]) -> N
     found = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in payload.tensors.items()]
     assert found == [(f.name, f.dtype, f.shape) for f in fields]
     assert codec.estimate_bits(shape) == payload.bits == 8 * sum(f.nbytes for f in fields)
+    shared = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in payload.shared.items()]
+    assert shared == [(f.name, f.dtype, f.shape) for f in codec.shared_fields]
     sizes = [f.dtype.itemsize for f in fields]
     assert sizes == sorted(sizes, reverse=True), "wider dtypes first, for alignment"
 
@@ -89,7 +92,8 @@ def test_what_needs_statistics_says_so(case: Case) -> None:
 
 @pytest.mark.parametrize("case", ALL)
 def test_tensors_are_contiguous_and_own_no_more_than_they_show(case: Case) -> None:
-    for tensor in case.encode(normal(5, 33)).tensors.values():
+    payload = case.encode(normal(5, 33))
+    for tensor in (*payload.tensors.values(), *payload.shared.values()):
         assert tensor.is_contiguous()
         assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
 
@@ -246,6 +250,11 @@ def test_damaged_payloads_are_refused(case: Case) -> None:
                 codec.decode(broken)
             with pytest.raises(InvalidPayloadError):
                 codec.rows(torch.tensor([0]), codec.prepare(broken))
+    for shared in [{}, {**payload.shared, "surplus": torch.zeros(1)}] if payload.shared else []:
+        with pytest.raises(InvalidPayloadError):
+            codec.decode(dataclasses.replace(payload, shared=shared))
+        with pytest.raises(InvalidPayloadError):
+            codec.decode(dataclasses.replace(payload, tensors={**payload.tensors, **payload.shared}, shared={}))
     for shape in ((6 + case.height, 40), (6, 400), (-6, -40), (0, 0), (6 << 40, 40 << 40)):
         with pytest.raises(InvalidPayloadError):
             codec.decode(dataclasses.replace(payload, shape=shape))
@@ -260,6 +269,15 @@ def test_statistics_are_accepted(case: Case) -> None:
     assert same_bytes(payload, case.codec.encode(weight, statistics))
     # Rows and inputs that do not matter may lose everything where the error is set in units of the loss.
     assert relative_rms(weight, case.codec.decode(payload)) <= max(1.0 if case.absolute else 2 * case.rms, 1e-9)
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_alone_it_learns_what_it_would_share(case: Case) -> None:
+    weight = normal(9, 70)
+    codec, statistics = case.codec, correlated(70) if case.calibrated else None
+    shared = codec.learn([weight])
+    assert shared.keys() == {f.name for f in codec.shared_fields}
+    assert same_bytes(codec.encode_sharing(weight, shared, statistics), case.encode(weight))
 
 
 @pytest.mark.parametrize("case", ALL)

@@ -34,9 +34,10 @@ def test_golden(case: Case) -> None:
     assert config == case.config
     order = json.loads(metadata["order"])
     tensors = {name: stored.pop(f"payload.{name}") for name in order}
+    shared = {name: stored.pop(f"shared.{name}") for name in json.loads(metadata.get("shared", "[]"))}
     assert not stored
     rows, columns = json.loads(metadata["shape"])
-    payload = Payload(config, (rows, columns), torch.float32, tensors)
+    payload = Payload(config, (rows, columns), torch.float32, tensors, shared)
     codec = registry.from_json(config)
     assert torch.equal(codec.decode(payload), expected)
     assert torch.equal(weight, golden_weight())

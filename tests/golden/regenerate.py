@@ -3,8 +3,8 @@
 A new codec or case writes its file; files that exist are left alone unless ``--replace`` says that the format changed
 knowingly (then its codec's id changes too). No test ever runs this.
 
-Each file holds ``weight``, ``expected`` (the decoded weight) and ``payload.<name>``; the metadata holds the codec's
-JSON configuration, the shape and the order of the payload's tensors.
+Each file holds ``weight``, ``expected`` (the decoded weight), ``payload.<name>`` and, where weights share something,
+``shared.<name>``; the metadata holds the codec's JSON configuration, the shape and the order of the payload's tensors.
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ def main(replace: bool) -> None:
                 "shape": json.dumps(payload.shape),
                 "order": json.dumps(list(payload.tensors)),
             }
+            if payload.shared:
+                tensors |= {f"shared.{name}": tensor.clone() for name, tensor in payload.shared.items()}
+                metadata["shared"] = json.dumps(list(payload.shared))
             save_file({**tensors, "weight": weight, "expected": codec.decode(payload).clone()}, path, metadata)
             print(f"wrote {path.relative_to(HERE)}")
 

@@ -37,13 +37,18 @@ class CodebookCodec(Codec):
         """Whether vectors count as much as they are long."""
         return False
 
+    @property
+    def shared_fields(self) -> tuple[Field, ...]:
+        """The codebooks, where weights share them."""
+        return ()
+
     def fields(self, shape: tuple[int, int]) -> tuple[Field, ...]:
-        """Scales where rows have them, codebooks, codes."""
+        """Scales where rows have them, codebooks unless weights share them, codes."""
         plan, (rows, columns) = self._plan, shape
         count = vector_count(columns, plan.dimension) * plan.books
         return (
             *((Field("scales", torch.float16, (rows,)),) if plan.scaled else ()),
-            Field(self._books, torch.float16, self._books_shape),
+            *(() if self.shared_fields else (Field(self._books, torch.float16, self._books_shape),)),
             Field("codes", torch.uint8, (rows, packed_size(count, _bits(plan)))),
         )
 
@@ -62,17 +67,25 @@ class CodebookCodec(Codec):
                 not fit it.
             SingularHessianError: the Hessian is indefinite.
         """
+        return self.encode_sharing(weight, self.learn([weight]), statistics)
+
+    def encode_sharing(
+        self, weight: Tensor, shared: Mapping[str, Tensor], statistics: Statistics | None = None
+    ) -> Payload:
+        """``encode`` with the ``shared`` codebooks, if any, as they are. Raises as ``encode`` does."""
         require_matrix(weight)
         plan, known = self._plan, None
         if self.needs_statistics:
             known = require_hessian(f"codec {self.id} needs", statistics, self._remedy)
         with one_thread():
             target = weight.detach().to("cpu").float().contiguous()
-            fitted = fit(target, plan, self.damping, known, self._by_magnitude)
+            given = torch.stack(self._unbound(shared[self._books].cpu())) if shared else None
+            fitted = fit(target, plan, self.damping, known, self._by_magnitude, given)
             codes = packed(fitted.codes.flatten(1), _bits(plan))
         tensors = {"scales": fitted.scales} if plan.scaled else {}
-        tensors |= {self._books: fitted.codebooks.reshape(self._books_shape), "codes": codes}
-        return self.payload(weight, {name: tensor.to(weight.device) for name, tensor in tensors.items()})
+        tensors |= {} if shared else {self._books: fitted.codebooks.reshape(self._books_shape)}
+        tensors["codes"] = codes
+        return self.payload(weight, tensors, shared).to(weight.device)
 
     def decode(self, payload: Payload) -> Tensor:
         """The reconstructed weight, FP32 ``[out, in]``."""
@@ -91,18 +104,19 @@ class CodebookCodec(Codec):
         return weight.view(*indices.shape, prepared.shape[1])
 
     def tunable(self, payload: Payload) -> TunableFields:
-        """Codebooks are continuous, and scales where rows have them."""
+        """Codebooks are continuous unless weights share them, and scales where rows have them."""
         tensors, (rows, columns) = self.checked(payload), payload.shape
         codes = self._codes(tensors["codes"], columns).view(-1, self._plan.books).int().unbind(1)
+        found = tensors[self._books].float()
 
         def weight(values: Mapping[str, Tensor]) -> Tensor:
-            books = self._unbound(values[self._books])
+            books = self._unbound(values.get(self._books, found))
             parts = [book.index_select(0, code) for book, code in zip(books, codes, strict=True)]
             sums = torch.stack(parts).sum(0).view(rows, -1)[:, :columns]
             return sums * values["scales"].unsqueeze(1) if "scales" in values else sums
 
         units = {"scales": tensors["scales"].float().abs()} if "scales" in tensors else {}
-        units[self._books] = tensors[self._books].float().square().mean().sqrt()
+        units |= {} if self.shared_fields else {self._books: found.square().mean().sqrt()}
         return TunableFields(payload, units, weight)
 
     def _expand(self, tensors: Mapping[str, Tensor], rows: slice | Tensor, out: Tensor) -> None:

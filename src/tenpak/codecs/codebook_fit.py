@@ -109,7 +109,14 @@ class Loss:
     blocks: Tensor
 
 
-def fit(weight: Tensor, plan: Plan, damping: float, statistics: Statistics | None, by_magnitude: bool) -> Fitted:
+def fit(
+    weight: Tensor,
+    plan: Plan,
+    damping: float,
+    statistics: Statistics | None,
+    by_magnitude: bool,
+    codebooks: Tensor | None = None,
+) -> Fitted:
     """Codes, codebooks and scales for ``weight``, FP32 ``[out, in]`` on the CPU, to be called with one thread.
 
     Args:
@@ -118,6 +125,7 @@ def fit(weight: Tensor, plan: Plan, damping: float, statistics: Statistics | Non
         damping: of the Hessian, relative to its mean diagonal.
         statistics: Hessian and output curvature, or None: all inputs and outputs count the same.
         by_magnitude: vectors count as much as they are long, without statistics.
+        codebooks: stay as they are, FP16 ``[books, entries, dimension]``; None where they are to be found.
 
     Raises:
         CodecError: statistics do not fit the weight or are not finite, or the weight exceeds FP16's range.
@@ -137,13 +145,15 @@ def fit(weight: Tensor, plan: Plan, damping: float, statistics: Statistics | Non
     if plan.scaled:
         scales = torch.cat([root_mean_square(weight[tile]) for tile in _tiles(rows, columns)]).half()
     start = Fitted(scales, torch.zeros(plan.books, plan.entries, plan.dimension, dtype=torch.float16), torch.empty(0))
-    start = replace(start, codebooks=_initial(vectors, importance, known, start, plan))
+    found = _initial(vectors, importance, known, start, plan) if codebooks is None else codebooks
+    start = replace(start, codebooks=found)
     _require_finite(start)
     target = vectors.flatten(1)
     best = fitted = replace(start, codes=_codes(target, start, known, plan.width, first=True))
     least = _total(target, importance, known, fitted) if plan.rounds else 0.0
     for _ in range(plan.rounds):
-        fitted = replace(fitted, codebooks=least_squares(target, importance, known, fitted))
+        if codebooks is None:
+            fitted = replace(fitted, codebooks=least_squares(target, importance, known, fitted))
         if plan.scaled:
             fitted = replace(fitted, scales=_rescaled(target, known, fitted))
         _require_finite(fitted)

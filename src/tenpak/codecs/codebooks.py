@@ -19,7 +19,7 @@ of the vectors: the same for any number of threads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from tenpak.kernels import pack
 __all__ = [
     "DIMENSIONS",
     "ENTRIES",
+    "common",
     "cut",
     "expand",
     "kmeans",
@@ -171,6 +172,46 @@ def scatter(values: Tensor, codes: Tensor, entries: int) -> Tensor:
     return torch.stack([torch.bincount(codes, column.double(), entries) for column in values.unbind(1)], 1)
 
 
+def common(
+    weights: Iterable[Tensor], dimension: int, entries: int, generator: torch.Generator, *, by_magnitude: bool
+) -> Tensor:
+    """A codebook for the vectors of several matrices, rows divided by their root mean squares.
+
+    Where there are many, each is as likely as any other to be among those that it is learned from.
+
+    Returns:
+        FP32 ``[entries, dimension]``.
+
+    Args:
+        weights: FP32 matrices ``[rows, in]``.
+        dimension: of the vectors.
+        entries: of the codebook.
+        generator: draws the vectors, and the entries to start from.
+        by_magnitude: vectors count as much as they are long.
+    """
+    most = 2 * _sample(entries)
+    points, lots = torch.empty(0, dimension), torch.empty(0, dtype=torch.float64)
+    for weight in weights:
+        vectors = cut(weight, dimension)
+        inverse = root_mean_square(weight).half().float().reciprocal()  # of scales as they will be stored
+        inverse = torch.where(inverse.isfinite(), inverse, 0.0)
+        drawn = torch.rand(vectors.shape[:2], dtype=torch.float64, generator=generator).view(-1)
+        kept = _lowest(drawn, most)
+        scaled = vectors.view(-1, dimension)[kept] * inverse[kept // vectors.shape[1], None]
+        points, lots = torch.cat((points, scaled)), torch.cat((lots, drawn[kept]))
+        kept = _lowest(lots, most)
+        points, lots = points[kept], lots[kept]
+    importance = points.norm(dim=1) if by_magnitude else torch.ones(len(points))
+    return kmeans(points.unsqueeze(0), importance.unsqueeze(0), None, entries, generator)
+
+
+def _lowest(lots: Tensor, count: int) -> Tensor:
+    """Places of the ``count`` lowest, in their order."""
+    if len(lots) <= count:
+        return torch.arange(len(lots))
+    return lots.topk(count, largest=False).indices.sort().values
+
+
 def sampled(points: Tensor, importance: Tensor, entries: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """So many vectors of each run, and what they count, that k-means for ``entries`` learns no more from all.
 
@@ -181,11 +222,16 @@ def sampled(points: Tensor, importance: Tensor, entries: int, generator: torch.G
         generator: draws them.
     """
     runs, n, dimension = points.shape
-    size = -(-min(max(_PER_ENTRY * entries, _LEAST_SAMPLE), max(_MOST_SAMPLE, 2 * entries)) // runs)
+    size = -(-_sample(entries) // runs)
     if n <= 2 * size:
         return points.contiguous(), importance.contiguous()
     index = torch.randint(n, (runs, size), generator=generator)
     return points.gather(1, index.unsqueeze(-1).expand(-1, -1, dimension)), importance.gather(1, index)
+
+
+def _sample(entries: int) -> int:
+    """Vectors from which so many entries can be learned."""
+    return min(max(_PER_ENTRY * entries, _LEAST_SAMPLE), max(_MOST_SAMPLE, 2 * entries))
 
 
 def kmeans(

@@ -48,7 +48,7 @@ option  = group                                   a grid's
         | "bpw=" NUMBER | "energy=" NUMBER | "error=" NUMBER                lowrank: one, or RANK
         | part | "damp=" NUMBER | "norm"                                    lowrank
         | "terms=" COUNT | "base=" COUNT | "scales=" part | "calibrated" | "seed=" COUNT        pattern
-        | "row" | "magnitude" | "rounds=" COUNT | "damp=" NUMBER | "seed=" COUNT                vq
+        | "row" | "shared" | "magnitude" | "rounds=" COUNT | "damp=" NUMBER | "seed=" COUNT     vq
         | "datafree" | "beam=" COUNT | "rounds=" COUNT | "damp=" NUMBER | "seed=" COUNT         aq
         | "datafree" | "states=" COUNT | "rate=" NUMBER | "damp=" NUMBER                        trellis
 """

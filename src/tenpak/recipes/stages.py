@@ -171,12 +171,13 @@ def _pattern(match: re.Match[str], words: list[str], recipe: str) -> Codec:
 
 def _vector(match: re.Match[str], words: list[str], recipe: str) -> Codec:
     gptq, dimension, entries = match[1], int(match[2]), int(match[3])
-    options = read_options(words, ("row", "magnitude", "rounds=", "damp=", "seed="), recipe)
+    options = read_options(words, ("row", "magnitude", "rounds=", "damp=", "seed=", "shared"), recipe)
     if gptq and "magnitude" in options:
         raise RecipeError(f"{recipe!r} asks for both gptq- and magnitude", hint="keep one of them")
     weighting = "calibrated" if gptq else "magnitude" if "magnitude" in options else "equal"
     rounds, damping, seed = options.count("rounds=", 2), options.number("damp=", 0.01), options.count("seed=", 0)
-    return Vector(dimension, entries, "row" in options, weighting, rounds, damping, seed)
+    shared = "shared" in options
+    return Vector(dimension, entries, "row" in options or shared, weighting, rounds, damping, seed, shared)
 
 
 def _additive(match: re.Match[str], words: list[str], recipe: str) -> Codec:

@@ -143,7 +143,8 @@ def _pattern(codec: Pattern) -> str | None:
 
 def _vector(codec: Vector) -> str:
     words = [f"{'gptq-' if codec.weighting == 'calibrated' else ''}vq{codec.dimension}x{codec.entries}"]
-    words += [*(["row"] if codec.scaled else []), *(["magnitude"] if codec.weighting == "magnitude" else [])]
+    words += ["shared"] if codec.shared else ["row"] if codec.scaled else []
+    words += ["magnitude"] if codec.weighting == "magnitude" else []
     words += [*_set("rounds", codec.rounds, 2), *_set("damp", codec.damping, 0.01), *_set("seed", codec.seed, 0)]
     return ":".join(words)
 

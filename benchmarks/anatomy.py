@@ -4,8 +4,8 @@
 
 *Where*: an artifact ten times smaller than FP32, tuned. What levels take is counted by their tables, the rest by
 length. *Contexts*: the same levels written with fewer of them; what a table for each quantizer saves is the difference
-of two entropies, for no stream can be written without. *Steps*: to coarser powers of two than a quarter, each measured
-at two steps and read off at the base's bytes like the ingredients (``frontier``). Needs the shared models and texts.
+of two entropies, for no stream can be written without. *Steps*: to coarser powers of two than a quarter, read off
+at the base's bytes on a line through the logarithms of several points. Needs the shared models and texts.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
-from frontier import FEW_TOKENS, MODEL, STEP, read_off
+from frontier import FEW_TOKENS, MODEL, STEP
 from quality import TOKENS, WINDOW, shared
 from torch import Tensor
 
@@ -30,6 +31,7 @@ from tenpak.codecs.trellis_fit import histogram, lengths, shaped
 from tenpak.codecs.trellis_stream import Coded, read, write
 
 TARGET = "10x"
+AROUND = (0.93, 0.965, 1, 1.035, 1.07)  # of the base's step
 POWERS = {"quarter powers of two (the base)": 1, "half powers": 2, "whole powers": 4}
 
 
@@ -43,7 +45,7 @@ def run() -> dict[str, Any]:
         found = {"where": where(artifact, coded), "contexts": contexts([c for c, _ in coded])}
         print(found, file=sys.stderr)
         return {"model": MODEL, "target": TARGET, "window": WINDOW, "calibration_tokens": TOKENS, **found} | {
-            "steps": {"calibration_tokens": FEW_TOKENS, "rows": steps(Path(folder))}
+            "steps": {"calibration_tokens": FEW_TOKENS, **steps(Path(folder))}
         }
 
 
@@ -127,22 +129,24 @@ def entropy(counts: Tensor) -> float:
 
 def steps(folder: Path) -> dict[str, Any]:
     """KL by how finely steps are told; row and column classes as always."""
-    exact, rows = trellis._power, {}
-    base = 0
+    exact = trellis._power
+    found = {}
     for name, unit in POWERS.items():
 
         def coarse(importance: Tensor, unit: int = unit) -> Tensor:
             return (torch.round(exact(importance) / unit) * unit).to(torch.int32)
 
         with patch.object(trellis, "_power", coarse):
-            points = [measured(folder, STEP)]
-            base = base or points[0]["bytes"]
-            parameters = 8 * points[0]["bytes"] / points[0]["bpw"]
-            over = 8 * (points[0]["bytes"] - base) / parameters
-            points.append(measured(folder, STEP * 2 ** (over or 0.05)))
-        rows[name] = {"points": points, "kl": read_off(points, base)}
-        print(f"{name}: KL {rows[name]['kl']:.5f}", file=sys.stderr)
-    return rows
+            found[name] = [measured(folder, STEP * factor) for factor in AROUND]
+    at = next(iter(found.values()))[len(AROUND) // 2]["bytes"]
+    return {"bytes": at, "rows": {name: {"points": rows, "kl": fit(rows, at)} for name, rows in found.items()}}
+
+
+def fit(points: list[dict[str, Any]], at: int) -> float:
+    """KL at so many bytes, on the line of least squares through its logarithm: one rounding differs from another."""
+    sizes, losses = ([point[key] for point in points] for key in ("bytes", "kl"))
+    _, start = np.polyfit([size - at for size in sizes], np.log(losses), 1)
+    return float(np.exp(start))
 
 
 def measured(folder: Path, step: float) -> dict[str, Any]:

@@ -314,9 +314,9 @@ def contexts() -> str:
 
 def steps() -> str:
     """KL by how finely steps are told."""
-    rows = load("anatomy")["steps"]["rows"]
-    base = next(iter(rows.values()))
-    head = (f"steps to, at {base['points'][0]['bytes']:,} bytes", "KL", "of the base's")
+    found = load("anatomy")["steps"]
+    rows, base = found["rows"], next(iter(found["rows"].values()))
+    head = (f"steps to, at {found['bytes']:,} bytes", "KL", "of the base's")
     return table(head, ((name, f"{r['kl']:.5f}", f"{r['kl'] / base['kl']:.2f}") for name, r in rows.items()))
 
 

@@ -392,8 +392,7 @@ def histogram(
 
 def product(x: Floats, levels: NDArray[Any], row_scale: Floats, column_scale: Floats, y: Floats, threads: int) -> None:
     """(x · column scale) · levelsᵀ · row scale; numpy has threads of its own."""
-    signed = levels.T.astype(np.float32) - (128 if levels.dtype == np.uint8 else 0)
-    y[:] = ((x * column_scale) @ signed) * row_scale
+    y[:] = ((x * column_scale) @ (levels.T.astype(np.float32) - 128 * (levels.dtype == np.uint8))) * row_scale
 
 
 def call(name: str, *arguments: Any) -> Any:

@@ -320,6 +320,17 @@ def test_what_is_decoded_is_levels_times_scales(shape: tuple[int, int], states: 
     assert torch.equal(codec.rows(torch.tensor([-1, 0, 0]), prepared), decoded[[-1, 0, 0]])
 
 
+@pytest.mark.usefixtures("threads")
+def test_decoding_works_in_inference_mode() -> None:
+    """Also of a weight that is coded in several parts, which threads fill."""
+    torch.set_num_threads(2)
+    codec = Trellis(0.5, calibrated=False)
+    payload = codec.encode(weights(2048, 1100))
+    expected = codec.decode(payload)
+    with torch.inference_mode():
+        assert torch.equal(codec.decode(payload), expected)
+
+
 @pytest.mark.parametrize("states", [1, 4, 256])
 def test_every_instruction_set_writes_and_reads_the_same(states: int) -> None:
     weight, statistics, codec = weights(30, 20), known(30, 20), Trellis(1e-3, states)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 from compressed import MakeCase
 from torch import nn
 
 import tenpak
 from tenpak.artifact.reader import open_artifact
-from tenpak.nn.modules import CompressedConv1D, CompressedEmbedding, CompressedLinear, CompressedWeight
+from tenpak.nn.modules import CompressedConv1D, CompressedEmbedding, CompressedLinear, CompressedWeight, Runtime
 
 
 def test_weight_is_the_decoded_tensor_in_its_own_orientation(case: MakeCase) -> None:
@@ -65,3 +68,22 @@ def test_keep_and_forget(case: MakeCase) -> None:
     assert torch.allclose(weight.matmul(x), before, atol=1e-6)
     weight.forget()
     assert weight.matrix() is not weight.matrix()
+
+
+@pytest.mark.parametrize("recipe", ["int4:g32", "int8:row", "trellis:0.02:datafree", "plain-lowrank4", "vq4x64"])
+@pytest.mark.parametrize("runtime", ["memory", "speed"])
+def test_inference_mode_leaves_nothing_that_other_modes_cannot_use(
+    case: MakeCase, recipe: str, runtime: Runtime, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    tenpak.compress(case("llama").source, out, recipe=recipe, overrides=[f"*={recipe}"])
+    tokens = torch.randint(3, 90, (1, 9), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        model = tenpak.load(out, runtime=runtime)
+        inferred = model(tokens).logits
+    embedded = model.get_input_embeddings()(tokens).detach().clone().requires_grad_()
+    logits = model(inputs_embeds=embedded).logits
+    torch.testing.assert_close(logits, inferred.clone(), rtol=1e-4, atol=1e-4)
+    logits.sum().backward()
+    assert embedded.grad is not None
+    assert embedded.grad.isfinite().all()

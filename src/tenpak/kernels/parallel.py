@@ -46,18 +46,25 @@ def ordered_map(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterat
     """``map``, with a few items ahead of the one whose result is taken; an error ends it when its turn comes.
 
     Until it ends, the thread that takes the results computes with one thread as well: more would take the workers'
-    cores and, where others use these too, wait for them at every operation.
+    cores and, where others use these too, wait for them at every operation. Workers compute in its inference and
+    gradient mode, which torch keeps for each thread: what it made under ``torch.inference_mode`` nobody else may fill.
     """
+    inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+    def worked(item: Item) -> Result:
+        with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
+            return work(item)
+
     rest = iter(items)
     pending: deque[Future[Result]] = deque()
     workers, threads = worker_count(), torch.get_num_threads()
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         torch.set_num_threads(1)
         try:
-            pending.extend(pool.submit(work, item) for item in islice(rest, workers))
+            pending.extend(pool.submit(worked, item) for item in islice(rest, workers))
             while pending:
                 result = pending.popleft().result()
-                pending.extend(pool.submit(work, item) for item in islice(rest, 1))
+                pending.extend(pool.submit(worked, item) for item in islice(rest, 1))
                 yield result
         finally:
             torch.set_num_threads(threads)

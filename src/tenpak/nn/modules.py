@@ -105,7 +105,8 @@ class CompressedWeight(nn.Module):
 
     def keep(self) -> None:
         """Decode once and keep the weights."""
-        self._kept = [self.codec.decode(payload).to(self.like.dtype) for payload in self.payloads()]
+        with torch.inference_mode(False), torch.no_grad():  # what stays must be of use in every mode
+            self._kept = [self.codec.decode(payload).to(self.like.dtype) for payload in self.payloads()]
 
     def forget(self) -> None:
         """Drop what ``keep`` kept."""
@@ -133,7 +134,8 @@ class CompressedWeight(nn.Module):
 
     def _runtime(self) -> list[Any]:
         if self._prepared is None:
-            self._prepared = [self.codec.prepare(payload) for payload in self.payloads()]
+            with torch.inference_mode(False), torch.no_grad():  # as in ``keep``
+                self._prepared = [self.codec.prepare(payload) for payload in self.payloads()]
         return self._prepared
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from families import make_tiny_talker
+from safetensors.torch import load_file
 from transformers.utils import logging
 
 import tenpak
@@ -72,6 +73,18 @@ def test_overrides_hold_and_count(folder: Path) -> None:
     limit = 7 * report.parameters // 8
     assert limit * 0.995 <= report.bytes <= limit
     assert set(report.codecs) == {"trellis/1", "uniform/1"}
+
+
+def test_what_is_set_counts_what_it_will_take(folder: Path) -> None:
+    """Embeddings in two bits leave room that their FP32 would not."""
+    overrides = ["*embed*=int2:g32", "lm_head=ec-int4:g32"]
+    least = compressed(folder, "least", recipe="trellis:1.0", overrides=["*=trellis:1.0", *overrides])
+    tensors = load_file(folder / "model" / "model.safetensors")
+    dense = sum(4 * tensor.numel() for name, tensor in tensors.items() if "embed" in name or "lm_head" in name)
+    budget = int(1.3 * least.bytes)
+    assert budget < dense
+    compressed(folder, "fixed", budget=f"{budget}B", overrides=overrides, propagation="none")
+    assert budget * 0.995 <= weight_bytes(folder / "fixed") <= budget
 
 
 def test_without_data_the_same_codec_works(folder: Path) -> None:

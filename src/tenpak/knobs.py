@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, replace
 from tenpak.allocation.allocate import DENSE, allocate, finest, smallest
 from tenpak.allocation.budget import Budget, Trial
 from tenpak.allocation.budget import search as find
+from tenpak.allocation.plan import stored_rows
 from tenpak.allocation.profile import Profile
 from tenpak.allocation.saved_plan import SavedPlan
-from tenpak.artifact.writer import MAX_SHARD_BYTES
-from tenpak.checkpoint.header import DTYPE_BYTES
+from tenpak.artifact.writer import MAX_SHARD_BYTES, predicted_bytes
 from tenpak.codecs.trellis import Trellis
-from tenpak.dial import SLACK, Knob, Search, infeasible, written_bytes
+from tenpak.dial import SLACK, Knob, Search, infeasible
 from tenpak.encoding import Numbered, encode_entries
 from tenpak.errors import InfeasibleBudgetError
 from tenpak.job import Job, replanned
@@ -80,9 +80,12 @@ class Step(Knob):
         scale = coded / sum(item.entry.weight.numel for item in sample)
         folder = search.root.folder / "statistics"
         lookup = statistics_of(search.task, folder, search.progress) if search.task.calibrated else None
-        with search.root.inner("empty", {"step": None}) as empty:
-            dense = written_bytes(search.task, empty, search.max_shard_bytes)
-        dense -= sum(item.entry.weight.numel * DTYPE_BYTES[item.entry.weight.dtype] for item in items)
+        # What the step does not change; what --set gives a codec whose rate only coding can tell counts nothing yet.
+        rows = stored_rows(
+            search.task.job.plan,
+            lambda _, entry: 0 if isinstance(entry.codec, Trellis) else entry.estimated_bits or 0,
+        )
+        dense = predicted_bytes(rows, search.max_shard_bytes)
 
         def size(step: float) -> float:
             task = self.at(search.task, step)

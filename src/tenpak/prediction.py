@@ -101,8 +101,8 @@ def predict(
     if spent is not None:
         job = dialled_job(job, 1.0, calibrated=calibration != "none")
     entries = [e for e in job.plan.entries if e.weight.tied_to is None]
-    known = [e.codec.estimate_bits(e.weight.matrix_shape) for e in entries if e.codec is not None]
-    rows = stored_rows(job.plan, _payload_bits)
+    known = [e.estimated_bits for e in entries if e.codec is not None]
+    rows = stored_rows(job.plan, lambda _, entry: entry.estimated_bits)
     total = predicted_bytes(rows, max_shard_bytes)
     if spent is not None and spent.is_size:
         total = spent.bytes(job.plan.parameters)
@@ -169,9 +169,8 @@ def offers(source: str | Path, *, revision: str | None = None, trust_remote_code
     found = []
     for name, preset in PRESETS.items():
         plan = replanned(job, preset.recipe, ()).plan
-        entries = enumerate(plan.entries)
-        known = [_payload_bits(n, e) for n, e in entries if e.codec is not None and e.weight.tied_to is None]
-        size = predicted_bytes(stored_rows(plan, _payload_bits), MAX_SHARD_BYTES)
+        known = [e.estimated_bits for e in plan.entries if e.codec is not None and e.weight.tied_to is None]
+        size = predicted_bytes(stored_rows(plan, lambda _, entry: entry.estimated_bits), MAX_SHARD_BYTES)
         found.append(Offer(name, preset.recipe, size, None not in known, plan.parameters, job.checkpoint.bytes))
     return tuple(found)
 
@@ -186,12 +185,6 @@ def recommended(source: str | Path, found: Sequence[Offer]) -> dict[str, Any]:
         "bytes": Budget.parse(_TARGET).bytes(found[0].parameters),
         "fixed_rate": [{"command": f"{command} --recipe {offer.name}", "bytes": offer.bytes} for offer in fixed],
     }
-
-
-def _payload_bits(number: int, entry: PlanEntry) -> int | None:
-    """Of all matrices of a tensor; None where only coding can tell."""
-    bits = None if entry.codec is None else entry.codec.estimate_bits(entry.weight.matrix_shape)
-    return None if bits is None else entry.weight.matrices * bits
 
 
 def _hidden_size(config: Any) -> int:

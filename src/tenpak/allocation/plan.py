@@ -63,6 +63,12 @@ class PlanEntry:
         """Safetensors name of the dtype in which a dense tensor is stored."""
         return self.narrowed or self.weight.dtype
 
+    @property
+    def estimated_bits(self) -> int | None:
+        """Of all payloads; None where the tensor is dense, or where only coding can tell."""
+        bits = None if self.codec is None else self.codec.estimate_bits(self.weight.matrix_shape)
+        return None if bits is None else self.weight.matrices * bits
+
 
 @dataclass(frozen=True)
 class Plan:

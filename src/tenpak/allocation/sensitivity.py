@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tenpak.checkpoint.structure import Weight
 from tenpak.codecs.base import Statistics
+from tenpak.codecs.grouping import row_tiles
 from tenpak.codecs.loss import output_loss
 from tenpak.errors import CalibrationError, MissingStatisticsError
 
@@ -49,7 +50,7 @@ def predicted_loss(
     matrices = tensor.unbind(0) if tensor.ndim == 3 else (tensor,)
     total = 0.0
     for matrix, other, known in zip(matrices, decoded, statistics, strict=True):
-        plain = (matrix.T if weight.transposed else matrix).float()
+        plain = matrix.T if weight.transposed else matrix  # in its own dtype: an embedding in FP32 would take a lot
         total += _of_matrix(weight, plain, other, known or Statistics(), tokens)
     return total
 
@@ -72,7 +73,7 @@ def _of_matrix(weight: Weight, plain: Tensor, decoded: Tensor, known: Statistics
             f"{weight.name}: the statistics hold no output curvature", hint="collect them with `tenpak calibrate`"
         )
     elif not looked_up:
-        energy = float(plain.double().square().sum())
+        energy = sum(float(plain[tile].double().square().sum()) for tile in row_tiles(rows, columns))
         lost = output_loss(plain, decoded, None, None)
         total = UNKNOWN * lost / energy if energy > 0 else 0.0
     return total

@@ -44,8 +44,7 @@ def curve(title: str, series: Mapping[str, Points]) -> str:
     for loss in range(low, high + 1):
         lines.append(f'<path d="M{LEFT} {y(loss):.1f}H{WIDTH - RIGHT}" stroke="#ddd"/>')
         lines.append(_text(LEFT - 8, y(loss) + 4, str(loss), "end"))
-    for part in range(6):
-        at = right * part / 5
+    for at in _ticks(right):
         lines.append(_text(x(at), HEIGHT - BOTTOM + 18, f"{at:.3g}", "middle"))
     lines.append(_text((LEFT + WIDTH) / 2, HEIGHT - 10, "million tokens", "middle"))
     lines.append(
@@ -59,6 +58,14 @@ def curve(title: str, series: Mapping[str, Points]) -> str:
             lines += [f'<circle cx="{x(at):.1f}" cy="{y(loss):.1f}" r="3.5" fill="{colour}"/>' for at, loss in line]
         lines.append(_text(WIDTH - RIGHT - 10, TOP + 18 + 18 * number, name, "end", colour))
     return "\n".join([*lines, "</svg>"]) + "\n"
+
+
+def _ticks(end: float) -> list[float]:
+    """From 0 to ``end`` in four to ten steps of 1, 2 or 5 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10(end))
+    step = power * (0.1 if end < 2 * power else 0.5 if end < 5 * power else 1)
+    step *= 2 if end / step > 10 else 1
+    return [step * number for number in range(int(end / step * (1 + 1e-9)) + 1)]
 
 
 def _text(x: float, y: float, text: str, anchor: str, colour: str = "#222") -> str:

@@ -44,8 +44,7 @@ def curve(title: str, series: Mapping[str, Points]) -> str:
     for loss in range(low, high + 1):
         lines.append(f'<path d="M{LEFT} {y(loss):.1f}H{WIDTH - RIGHT}" stroke="#ddd"/>')
         lines.append(_text(LEFT - 8, y(loss) + 4, str(loss), "end"))
-    for at in _ticks(right):
-        lines.append(_text(x(at), HEIGHT - BOTTOM + 18, f"{at:.3g}", "middle"))
+    lines += [_text(x(at), HEIGHT - BOTTOM + 18, f"{at:.3g}", "middle") for at in _ticks(right)]
     lines.append(_text((LEFT + WIDTH) / 2, HEIGHT - 10, "million tokens", "middle"))
     lines.append(
         f'<text transform="translate(16 {HEIGHT / 2}) rotate(-90)" text-anchor="middle">loss, nats per token</text>'

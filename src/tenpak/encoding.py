@@ -77,7 +77,7 @@ def _matrices(
 ) -> Iterator[Tensor]:
     """All matrices of these tensors, ``[out, in]``, one after the other."""
     for weight in weights:
-        for matrix in _unstacked(weight, checkpoint.read(weight.name)):
+        for matrix in weight.unstacked(checkpoint.read(weight.name)):
             try:
                 require_matrix(matrix)
             except CodecError as error:
@@ -85,12 +85,6 @@ def _matrices(
             yield matrix
         if done is not None:
             done(weight)
-
-
-def _unstacked(weight: Weight, tensor: Tensor) -> list[Tensor]:
-    """The matrices ``[out, in]`` of a tensor."""
-    matrices = tensor.unbind(0) if tensor.ndim == 3 else (tensor,)
-    return [matrix.T if weight.transposed else matrix for matrix in matrices]
 
 
 def encode_entries(
@@ -154,7 +148,7 @@ def encode_unit(
     Raises:
         CodecError, CalibrationError: of the codec's own kind, naming the tensor.
     """
-    matrices = _unstacked(weight, tensor)
+    matrices = weight.unstacked(tensor)
     found = statistics if statistics is not None else [None] * len(matrices)
     payloads, bias = [], None
     try:

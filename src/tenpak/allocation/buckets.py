@@ -100,12 +100,12 @@ def _share(
 
 
 def _measured(weight: Weight, tensor: Tensor, known: StatisticsFolder | None, rows: int) -> _Measured:
-    matrices = tensor.unbind(0) if tensor.ndim == 3 else (tensor,)
+    matrices = weight.unstacked(tensor)
     statistics = (None,) * len(matrices) if known is None else known.of(weight, rows_before=rows)
     tokens = 1 if known is None else known.origin.tokens
     energy, lost, replaced = 0.0, 0.0, []
     for matrix in matrices:
-        plain = (matrix.T if weight.transposed else matrix).float()
+        plain = matrix.float()
         try:
             decoded = _TRIAL.decode(_TRIAL.encode(plain))
         except CodecError as error:

@@ -47,15 +47,14 @@ def predicted_loss(
         MissingStatisticsError: no output curvature was collected for a matrix; names the tensor.
         CalibrationError: statistics are of another shape; names the tensor.
     """
-    matrices = tensor.unbind(0) if tensor.ndim == 3 else (tensor,)
     total = 0.0
-    for matrix, other, known in zip(matrices, decoded, statistics, strict=True):
-        plain = matrix.T if weight.transposed else matrix  # in its own dtype: an embedding in FP32 would take a lot
+    for plain, other, known in zip(weight.unstacked(tensor), decoded, statistics, strict=True):
         total += _of_matrix(weight, plain, other, known or Statistics(), tokens)
     return total
 
 
 def _of_matrix(weight: Weight, plain: Tensor, decoded: Tensor, known: Statistics, tokens: int) -> float:
+    """Of one matrix, in its own dtype: in FP32 an embedding would take a lot."""
     rows, columns = plain.shape
     for name, length in (("output_curvature", rows), ("hessian", columns), ("token_frequency", rows)):
         found = getattr(known, name)

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -87,6 +87,11 @@ class Weight:
         """``(out, in)`` of each of its matrices."""
         first, second = self.shape[-2:]
         return (second, first) if self.transposed else (first, second)
+
+    def unstacked(self, tensor: Tensor) -> list[Tensor]:
+        """The matrices ``[out, in]`` of its ``tensor``, which is of its shape; views."""
+        matrices = tensor.unbind(0) if tensor.ndim == 3 else (tensor,)
+        return [matrix.T if self.transposed else matrix for matrix in matrices]
 
 
 def build_meta_model(folder: Path, *, trust_remote_code: bool = False, buffers: bool = False) -> Any:

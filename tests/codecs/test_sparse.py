@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from matrices import refuses_unfit_statistics
 from torch import Tensor
 
 from tenpak.codecs import registry
@@ -22,7 +23,7 @@ from tenpak.codecs.sparse import Sparse
 from tenpak.codecs.trellis import Trellis
 from tenpak.codecs.uniform import Uniform
 from tenpak.codecs.vector import Vector
-from tenpak.errors import CodecError, InvalidPayloadError, MissingStatisticsError, RecipeError
+from tenpak.errors import InvalidPayloadError, RecipeError
 
 FP32, FP16, INT8 = Dense("float32"), Dense("float16"), Uniform(8, None, True)
 WIDTHS = (1, 2, 3, 7, 8, 9, 33, 64, 100, 257, 1000)
@@ -248,14 +249,7 @@ def test_nesting_without_end_is_refused() -> None:
 
 
 def test_statistics_that_do_not_serve() -> None:
-    codec, weight = Sparse(0.1, FP16, "wanda"), weights(4, 40)
-    for known in (None, Statistics(mean_abs=torch.ones(40))):
-        with pytest.raises(MissingStatisticsError) as caught:
-            codec.encode(weight, known)
-        assert "magnitude" in str(caught.value.hint)
-    for hessian in (torch.eye(39), -torch.eye(40), torch.full((40, 40), math.nan)):
-        with pytest.raises(CodecError):
-            codec.encode(weight, Statistics(hessian=hessian))
+    refuses_unfit_statistics(Sparse(0.1, FP16, "wanda"), weights(4, 40))
 
 
 def refused(codec: Codec, payload: Payload, **changes: list[list[int]]) -> None:

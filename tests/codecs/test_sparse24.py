@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from matrices import refuses_unfit_statistics
 from torch import Tensor
 
 from tenpak.codecs import registry
@@ -21,7 +22,7 @@ from tenpak.codecs.rounding.pruning import PAIRS
 from tenpak.codecs.sparse24 import Sparse24
 from tenpak.codecs.trellis import Trellis
 from tenpak.codecs.uniform import Uniform
-from tenpak.errors import CodecError, InvalidPayloadError, MissingStatisticsError, RecipeError, SingularHessianError
+from tenpak.errors import InvalidPayloadError, RecipeError, SingularHessianError
 
 FP32, FP16, INT4 = Dense("float32"), Dense("float16"), Uniform(4, 32)
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 67, 68, 69, 71, 72, 73, 76, 136, 137, 300)
@@ -248,13 +249,7 @@ def test_nesting_without_end_is_refused() -> None:
 @pytest.mark.parametrize("importance", ["wanda", "sparsegpt"])
 def test_statistics_that_do_not_serve(importance: str) -> None:
     codec, weight = Sparse24(FP16, importance), weights(4, 40)
-    for known in (None, Statistics(mean_abs=torch.ones(40))):
-        with pytest.raises(MissingStatisticsError) as caught:
-            codec.encode(weight, known)
-        assert "magnitude" in str(caught.value.hint)
-    for hessian in (torch.eye(39), -torch.eye(40), torch.full((40, 40), math.nan)):
-        with pytest.raises(CodecError):
-            codec.encode(weight, Statistics(hessian=hessian))
+    refuses_unfit_statistics(codec, weight)
     if importance == "sparsegpt":
         with pytest.raises(SingularHessianError):
             codec.encode(weight, Statistics(hessian=torch.ones(40, 40) - 10 * torch.eye(40).flip(0)))

@@ -25,6 +25,7 @@ __all__ = [
     "joined_fields",
     "require_alone",
     "require_inner",
+    "require_kept_values",
     "rows_only",
     "split",
 ]
@@ -62,9 +63,29 @@ def require_alone(codec: Codec, place: str) -> None:
         )
 
 
-def inner_payload(inner: Codec, payload: Payload, tensors: Mapping[str, Tensor]) -> Payload:
-    """The payload of ``inner`` within ``payload``: its own ``tensors``, which it checks itself."""
-    return Payload(inner.to_json(), payload.shape, payload.dtype, tensors)
+def require_kept_values(codec: Codec, values: Codec, hint: str) -> None:
+    """Raise RecipeError, with ``hint``, where ``values``, the codec of what every row keeps of a weight, needs more."""
+    require_inner(codec, values, "values")
+    if values.needs_statistics:
+        raise RecipeError(
+            f"codec {codec.id}: its values belong to other columns in every row, so {values.id} cannot use the Hessian"
+            " for them",
+            hint=hint,
+        )
+
+
+def inner_payload(
+    inner: Codec, payload: Payload, tensors: Mapping[str, Tensor], shape: tuple[int, int] | None = None
+) -> Payload:
+    """The payload of ``inner`` within ``payload``: its own ``tensors``, which it checks itself.
+
+    Args:
+        inner: what they are of.
+        payload: of the codec that holds ``inner``.
+        tensors: of ``inner``.
+        shape: of what it decodes to, where that is not the whole weight.
+    """
+    return Payload(inner.to_json(), payload.shape if shape is None else shape, payload.dtype, tensors)
 
 
 def joined_fields(own: Sequence[Field], prefix: str, inner: Sequence[Field] | None) -> tuple[Field, ...] | None:

@@ -22,7 +22,6 @@ Scales are fitted to least squares, all terms at once, weighted by output curvat
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -247,8 +246,8 @@ class Pattern(Codec):
         """The layout, the codec's own tensors, checked, and the payload of ``scales``, which checks its own."""
         layout = self._layout(payload.shape)
         own, tensors = split(payload, layout.fields, _PREFIX)
-        scales = inner_payload(self.scales, payload, tensors)
-        return layout, own, dataclasses.replace(scales, shape=(layout.down, layout.terms * layout.across))
+        shape = layout.down, layout.terms * layout.across
+        return layout, own, inner_payload(self.scales, payload, tensors, shape)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,6 @@ and a twentieth 0.28; a searched grid of two bits for all of it holds 0.90.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -44,9 +43,9 @@ from torch import Tensor
 
 from tenpak.codecs.base import Codec, Field, Payload, Statistics, require_hessian, require_matrix
 from tenpak.codecs.grouping import column_importance, row_tiles
-from tenpak.codecs.nesting import inner_payload, joined, joined_fields, require_inner, rows_only, split
+from tenpak.codecs.nesting import inner_payload, joined, joined_fields, require_kept_values, rows_only, split
 from tenpak.codecs.validation import require_choice, require_number
-from tenpak.errors import InvalidPayloadError, RecipeError
+from tenpak.errors import InvalidPayloadError
 from tenpak.kernels import pack, packed_size, unpack
 from tenpak.kernels.parallel import each
 
@@ -84,14 +83,8 @@ class Sparse(Codec):
 
     def __post_init__(self) -> None:
         require_number(self.id, "share", self.share, 1e-6, 0.5)
-        require_inner(self, self.values, "values")
+        require_kept_values(self, self.values, "give values a rounding to nearest")
         require_choice(self.id, "importance", self.importance, ("magnitude", "wanda"))
-        if self.values.needs_statistics:
-            raise RecipeError(
-                f"codec {self.id}: its values belong to other columns in every row, so {self.values.id} cannot use the"
-                " Hessian for them",
-                hint="give values a rounding to nearest",
-            )
 
     @property
     def needs_statistics(self) -> bool:
@@ -168,7 +161,7 @@ class Sparse(Codec):
         """The packed places, checked, and the payload of ``values``, which checks its own."""
         rows, kept = payload.shape[0], _count(self.share, payload.shape[1])
         own, tensors = split(payload, _own(payload.shape, kept), _PREFIX)
-        return own, dataclasses.replace(inner_payload(self.values, payload, tensors), shape=(rows, kept))
+        return own, inner_payload(self.values, payload, tensors, (rows, kept))
 
 
 def _count(share: float, columns: int) -> int:

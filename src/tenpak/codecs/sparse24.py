@@ -38,10 +38,10 @@ from torch.nn.functional import pad
 
 from tenpak.codecs.base import Codec, Field, Payload, Statistics, require_hessian, require_matrix
 from tenpak.codecs.grouping import column_importance, row_tiles
-from tenpak.codecs.nesting import inner_payload, joined, joined_fields, require_inner, rows_only, split
+from tenpak.codecs.nesting import inner_payload, joined, joined_fields, require_kept_values, rows_only, split
 from tenpak.codecs.rounding.pruning import PAIRS, Exact, Metric, Pruning, metric, prune
 from tenpak.codecs.validation import require_choice, require_integer, require_number
-from tenpak.errors import InvalidPayloadError, RecipeError
+from tenpak.errors import InvalidPayloadError
 from tenpak.kernels import pack, packed_size, unpack
 from tenpak.kernels.parallel import each
 
@@ -80,17 +80,12 @@ class Sparse24(Codec):
     sweeps: int = 4
 
     def __post_init__(self) -> None:
-        require_inner(self, self.values, "values")
+        remedy = 'give values a rounding to nearest, and the importance "sparsegpt", which feeds its errors back'
+        require_kept_values(self, self.values, remedy)
         require_choice(self.id, "importance", self.importance, ("magnitude", "wanda", "sparsegpt"))
         require_number(self.id, "damping", self.damping, 1e-6, 1.0)
         object.__setattr__(self, "damping", float(self.damping))
         require_integer(self.id, "sweeps", self.sweeps, 0, 100)
-        if self.values.needs_statistics:
-            raise RecipeError(
-                f"codec {self.id}: its values belong to other columns in every row, so {self.values.id} cannot use the"
-                " Hessian for them",
-                hint='give values a rounding to nearest, and the importance "sparsegpt", which feeds its errors back',
-            )
 
     @property
     def needs_statistics(self) -> bool:
@@ -170,8 +165,8 @@ class Sparse24(Codec):
     def _split(self, payload: Payload) -> tuple[Tensor, Payload]:
         """The packed pairs, checked, and the payload of ``values``, which checks its own."""
         own, tensors = split(payload, _own(payload.shape), _PREFIX)
-        values = inner_payload(self.values, payload, tensors)
-        return own[_OWN], dataclasses.replace(values, shape=(payload.shape[0], _half(payload.shape[1])))
+        kept = payload.shape[0], _half(payload.shape[1])
+        return own[_OWN], inner_payload(self.values, payload, tensors, kept)
 
 
 def _half(columns: int) -> int:

@@ -52,10 +52,9 @@ def write(name: str, result: dict[str, Any], *, part: bool = False) -> Path:
     content = {"environment": now, **result}
     if part and path.is_file():
         content = json.loads(path.read_text())
-        measured = {case: found for key in CASES for case, found in result.get(key, {}).items()}
-        for key in set(CASES) & result.keys():
-            content[key] |= result[key]
-        content["environments"] = {**content.get("environments", {}), **dict.fromkeys(measured, now)}
+        for cases in set(CASES) & result.keys():
+            content[cases] |= result[cases]
+            content["environments"] = {**content.get("environments", {}), **dict.fromkeys(result[cases], now)}
     path.write_text(json.dumps(content, indent=2) + "\n")
     return path
 

@@ -5,12 +5,10 @@ And that of a product with one input, made from the runtime form (``runtime="mem
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
+from trellis import timed
 
 from tenpak.codecs.base import Codec, Payload, Statistics
 from tenpak.recipes import parse
@@ -32,8 +30,8 @@ def run(threads: int = 2) -> dict[str, Any]:
         payload = codec.encode(weight)
         repeats = 3 if "search" in recipe or "learned" in recipe else REPEATS
         rows[recipe] = {
-            "encode_weights_per_second": weight.numel() / _median(lambda c=codec: c.encode(weight), repeats),
-            "decode_weights_per_second": weight.numel() / _median(lambda c=codec, p=payload: c.decode(p), REPEATS),
+            "encode_weights_per_second": weight.numel() / timed(lambda c=codec: c.encode(weight), repeats)[1],
+            "decode_weights_per_second": weight.numel() / timed(lambda c=codec, p=payload: c.decode(p), REPEATS)[1],
             "product_weights_per_second": weight.numel() / _product(codec, payload),
             "bpw": payload.bits / weight.numel(),
         }
@@ -52,12 +50,11 @@ def _calibrated(recipe: str, weight: torch.Tensor, repeats: int) -> dict[str, fl
     statistics = Statistics(hessian=x.T @ x / len(x))
     if repeats > 1:
         codec.encode(weight, statistics)  # the first call of anything is slow
-    seconds = _median(lambda: codec.encode(weight, statistics), repeats)
-    payload = codec.encode(weight, statistics)
+    payload, seconds = timed(lambda: codec.encode(weight, statistics), repeats)
     return {
         "encode_seconds": seconds,
         "encode_weights_per_second": weight.numel() / seconds,
-        "decode_weights_per_second": weight.numel() / _median(lambda: codec.decode(payload), REPEATS),
+        "decode_weights_per_second": weight.numel() / timed(lambda: codec.decode(payload), REPEATS)[1],
         "product_weights_per_second": weight.numel() / _product(codec, payload),
         "bpw": payload.bits / weight.numel(),
     }
@@ -67,13 +64,4 @@ def _product(codec: Codec, payload: Payload) -> float:
     """Seconds of a product with one input, at its second use."""
     x, prepared = torch.randn(1, SIDE, generator=torch.Generator().manual_seed(2)), codec.prepare(payload)
     codec.matmul(x, prepared)
-    return _median(lambda: codec.matmul(x, prepared), REPEATS)
-
-
-def _median(call: Callable[[], Any], repeats: int) -> float:
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+    return timed(lambda: codec.matmul(x, prepared), REPEATS)[1]

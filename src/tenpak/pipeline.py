@@ -180,8 +180,9 @@ def _recorded(
 
 def _known(out: Path, found: Found) -> dict[str, Any]:
     """What a search has measured of the same files; nothing where these are others."""
-    same = found.measure is not None and found.measure.files == load_manifest(out / MANIFEST_NAME).files
-    return dict(found.measure.quality) if same and found.measure is not None else {}
+    if found.measure is None or found.measure.files != load_manifest(out / MANIFEST_NAME).files:
+        return {}
+    return dict(found.measure.quality)
 
 
 def _work_folder(work: str | Path | None, out: Path, run: dict[str, Any]) -> Path:

@@ -169,13 +169,14 @@ class Work:
         try:
             with safe_open(path, framework="pt") as file:
                 about = json.loads(file.metadata()["unit"])
+                shared = self.shared(about["codec"])
                 payloads = tuple(
                     Payload(
                         about["codec"],
                         (int(about["shape"][0]), int(about["shape"][1])),
                         TORCH_DTYPES[about["dtype"]],
                         {field: file.get_tensor(f"{index}.{field}") for field in fields},
-                        self.shared(about["codec"]),
+                        shared,
                     )
                     for index, fields in enumerate(about["fields"])
                 )

@@ -37,11 +37,6 @@ class CodebookCodec(Codec):
         """Whether vectors count as much as they are long."""
         return False
 
-    @property
-    def shared_fields(self) -> tuple[Field, ...]:
-        """The codebooks, where weights share them."""
-        return ()
-
     def fields(self, shape: tuple[int, int]) -> tuple[Field, ...]:
         """Scales where rows have them, codebooks unless weights share them, codes."""
         plan, (rows, columns) = self._plan, shape

@@ -133,11 +133,12 @@ class Uniform(Codec):
 
     def matmul(self, x: Tensor, prepared: Payload) -> Tensor:
         """``x @ W.T`` for ``x`` of shape ``[..., in]``, in the dtype of ``x``; from the codes where that is cheap."""
-        codes = prepared.tensors.get("codes")
-        if not self.multiplies_cheaply or codes is None or not fits(x, codes):
-            return super().matmul(x, prepared)
-        tensors = self.checked(prepared)
-        return product(x, codes.contiguous(), tensors["scales"].float().flatten(), torch.ones(prepared.shape[1]))
+        if self.multiplies_cheaply:
+            tensors = self.checked(prepared)
+            codes, scales = tensors["codes"].contiguous(), tensors["scales"].float().flatten()
+            if fits(x, codes):
+                return product(x, codes, scales, torch.ones(prepared.shape[1]))
+        return super().matmul(x, prepared)
 
     def rows(self, indices: Tensor, prepared: Payload) -> Tensor:
         """Rows ``indices`` of the decoded weight, FP32 ``[*indices.shape, in]``; only they are decoded."""

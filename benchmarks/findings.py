@@ -1,11 +1,14 @@
-"""The tables of docs/findings.md and docs/allocation.md, from seeds.json and mixtures.json."""
+"""Tables of docs/findings.md, allocation.md, codecs.md and pixel.md: from seeds, mixtures, families, pixel."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["claims", "limits", "same_bytes", "scaling", "single_recipes", "sizes", "solver", "tables"]
+__all__ = [
+    "claims", "coded", "family", "limits", "pixel", "same_bytes", "scaling", "single_recipes", "sizes", "solver",
+    "tables",
+]  # fmt: skip
 
 Row = tuple[str, ...]
 
@@ -137,6 +140,41 @@ def solver(result: dict[str, Any]) -> Iterator[Row]:
     yield ("budget", "seconds", "proven gap")
     for name, row in result["solver"].items():
         yield (name, f"{row['seconds']:.2f}", f"{row['gap']:.2g}")
+
+
+def family(name: str, result: dict[str, Any]) -> Iterator[Row]:
+    """Recipes of a family of codecs: whole weight files, by size on the first model."""
+    recipes = result["tables"][name]
+    models = {case: rows for case, rows in result["models"].items() if all(recipe in rows for recipe in recipes)}
+    heads = (f"{case.partition(',')[0]}: bytes | bits per weight | KL" for case in models)
+    yield ("recipe", *(cell for head in heads for cell in head.split(" | ")))
+    first = next(iter(models.values()))
+    for recipe in sorted(recipes, key=lambda recipe: first[recipe]["bytes"]):
+        found = [rows[recipe] for rows in models.values()]
+        figures = ((f"{row['bytes']:,}", f"{row['bpw']:.2f}", f"{row['kl']:.4f}") for row in found)
+        yield (f"`{recipe}`", *(cell for row in figures for cell in row))
+
+
+def coded(result: dict[str, Any]) -> Iterator[Row]:
+    """What entropy coding saves of recipes of a fixed rate."""
+    models = result["coded"]
+    heads = (f"{case.partition(',')[0]}: bits per weight | coded | saves" for case in models)
+    yield ("recipe", *(cell for head in heads for cell in head.split(" | ")))
+    for recipe in next(iter(models.values())):
+        found = [rows[recipe] for rows in models.values()]
+        figures = ((f"{r['bits']:.2f}", f"{r['coded']:.2f}", f"{1 - r['coded'] / r['bits']:.1%}") for r in found)
+        yield (f"`{recipe}`", *(cell for row in figures for cell in row))
+
+
+def pixel(result: dict[str, Any]) -> Iterator[Row]:
+    """What PIXEL's classes make of models."""
+    models = result["models"]
+    heads = (f"{case.partition(',')[0]}: × | perplexity | KL" for case in models)
+    yield ("", *(cell for head in heads for cell in head.split(" | ")))
+    for name in next(iter(models.values())):
+        found = [rows[name] for rows in models.values()]
+        figures = ((f"{r['ratio_fp32']:.2f}", f"{r['ppl_increase']:+.2%}", f"{r['kl']:.4f}") for r in found)
+        yield (f"`{name}`" if name.endswith(")") else name, *(cell for row in figures for cell in row))
 
 
 def _figures(row: dict[str, Any]) -> str:

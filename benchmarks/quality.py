@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,7 @@ def measure(recipe: str, options: tuple[str, ...], model: Path, calibration: Pat
     return {"recipe": recipe, "options": list(options), **found}
 
 
+@cache  # several benchmarks of one run ask for the same
 def compressed(
     model: Path, options: tuple[str, ...], calibration: Path | None, text: Path, tokens: int = TOKENS
 ) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (
     "README.md", "docs/measurements.md", "docs/calibration.md", "docs/trellis.md", "docs/policies.md",
-    "docs/findings.md", "docs/allocation.md",
+    "docs/findings.md", "docs/allocation.md", "docs/codecs.md", "docs/pixel.md",
 )  # fmt: skip
 _BASE = "gptq, propagation original (the default)"
 _SLOT = re.compile(r"(<!-- table: ([a-z]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
@@ -446,6 +446,15 @@ TABLES = {
     "sizes": partial(of, "mixtures", findings.sizes),
     "limits": partial(of, "mixtures", findings.limits),
     "solver": partial(of, "mixtures", findings.solver),
+    "lowrank": partial(of, "families", partial(findings.family, "lowrank")),
+    "sparsehalf": partial(of, "families", partial(findings.family, "sparse24")),
+    "sparse": partial(of, "families", partial(findings.family, "sparse")),
+    "pattern": partial(of, "families", partial(findings.family, "pattern")),
+    "vector": partial(of, "families", partial(findings.family, "vector")),
+    "shared": partial(of, "families", partial(findings.family, "shared")),
+    "additive": partial(of, "families", partial(findings.family, "additive")),
+    "coded": partial(of, "families", findings.coded),
+    "pixel": partial(of, "pixel", findings.pixel),
 }
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """`make bench`: run the benchmarks (all, or those named) and write ``benchmarks/results/<name>.json``.
 
     python benchmarks/run.py [speed] [footprint] [large] [codecs] [quality] [feedback] [ablation] [trellis] [anatomy]
-                             [budgets] [rivals] [policies] [mixtures] [ingredients] [seeds]
+                             [budgets] [rivals] [policies] [mixtures] [ingredients] [families] [pixel] [seeds]
     python benchmarks/run.py peers | frontier   by name only: they install another library
     python benchmarks/run.py budgets --case ref-8m
                              only the cases whose names hold these words; the others keep the figures they have
@@ -17,12 +17,14 @@ import sys
 import ablation
 import anatomy
 import budgets
+import families
 import feedback
 import footprint
 import frontier
 import large
 import mixtures
 import peers
+import pixel
 import policies
 import quality
 import seeds
@@ -45,6 +47,8 @@ BENCHMARKS = {
     "policies": policies.run,
     "mixtures": mixtures.run,
     "ingredients": frontier.run_ingredients,
+    "families": families.run,
+    "pixel": pixel.run,
     "seeds": seeds.run,
 }
 BY_NAME_ONLY = {"peers": peers.run, "frontier": frontier.run}

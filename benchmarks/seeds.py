@@ -313,6 +313,14 @@ ROWS = (
     ),
     Row(
         "C",
+        "… v2, the twentieth that inputs choose",
+        _recipe("mag-lowrank64+vq4x256:magnitude+sparse5%-wanda-int8:row"),
+        None,
+        None,
+        "Weighing what is left by its inputs is worth more than five times as many values chosen by size.",
+    ),
+    Row(
+        "C",
         "AQLM",
         _recipe("aq2x8x256"),
         None,

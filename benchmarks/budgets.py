@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from quality import BUNDLED, TOKENS, WINDOW, cases, compressed, shared
+from quality import BUNDLED, TOKENS, WINDOW, cases, compressed, shared, wanted
 
 BUDGETS = ("10x", "12x")
 RIVALS = ("gptq-int4:g32", "gptq-int3:g32")  # embeddings int8
@@ -19,7 +19,7 @@ WAYS = {"propagation": (), "no propagation": ("--propagation", "none")}
 def run() -> Iterator[dict[str, Any]]:
     """The results so far, after each artifact."""
     result: dict[str, Any] = {"window": WINDOW, "calibration_tokens": TOKENS, "models": {}}
-    tasks = list(runs())
+    tasks = [task for task in runs() if wanted(task[1])]
     # One command at a time per core, one thread each.
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         found = pool.map(lambda task: measure(*task[2:]), tasks)

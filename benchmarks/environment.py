@@ -38,7 +38,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write(name: str, result: dict[str, Any], *, part: bool = False) -> Path:
+def write(name: str, result: dict[str, Any], *, part: bool = False, row: str | None = None) -> Path:
     """Write ``results/<name>.json`` with the environment.
 
     Args:
@@ -46,15 +46,23 @@ def write(name: str, result: dict[str, Any], *, part: bool = False) -> Path:
         result: what it found.
         part: put its cases in the place of those that are there, each with the environment that it was measured in
             under ``environments``, and leave the others.
+        row: words by which rows were chosen: the other rows of a case stay too.
     """
     RESULTS.mkdir(parents=True, exist_ok=True)
     path, now = RESULTS / f"{name}.json", environment()
     content = {"environment": now, **result}
     if part and path.is_file():
         content = json.loads(path.read_text())
+        known = content.setdefault("environments", {})
         for cases in set(CASES) & result.keys():
-            content[cases] |= result[cases]
-            content["environments"] = {**content.get("environments", {}), **dict.fromkeys(result[cases], now)}
+            for case, rows in result[cases].items():
+                if row is None:
+                    content[cases][case] = rows
+                    content["environments"] = known = {k: e for k, e in known.items() if not k.startswith(f"{case}, ")}
+                    known[case] = now
+                else:
+                    content[cases].setdefault(case, {}).update(rows)
+                    known.update({f"{case}, {name}": now for name in rows})
     path.write_text(json.dumps(content, indent=2) + "\n")
     return path
 

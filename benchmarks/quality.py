@@ -39,12 +39,18 @@ FEW = ("int4-g32", "int3-g32", *CALIBRATED)
 
 
 _only: str | None = None
+_row: str | None = None
 
 
-def only(words: str | None) -> None:
-    """Leave out the cases whose names do not hold these words; None for all."""
-    global _only
-    _only = words
+def only(words: str | None, row: str | None = None) -> None:
+    """Leave out the cases, and the rows of budgets, whose names do not hold these words; None for all."""
+    global _only, _row
+    _only, _row = words, row
+
+
+def wanted(row: str) -> bool:
+    """Whether a row is to be measured."""
+    return _row is None or _row in row
 
 
 def shared() -> Path:

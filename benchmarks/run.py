@@ -5,6 +5,8 @@
     python benchmarks/run.py peers | frontier   by name only: they install another library
     python benchmarks/run.py budgets --case ref-8m
                              only the cases whose names hold these words; the others keep the figures they have
+    python benchmarks/run.py budgets --case ref-8m --row "web text"
+                             and of these only such rows
 
 Then ``python benchmarks/render.py`` renders the tables that README and docs show.
 """
@@ -60,12 +62,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Run benchmarks.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(known))
     parser.add_argument("--case", help=f"only cases whose names hold this, of {', '.join(WITH_CASES)}")
+    parser.add_argument("--row", help="with budgets and --case: only rows whose names hold this")
     options = parser.parse_args()
     for name in options.names:
         if name not in known:
             sys.exit(f"no benchmark {name!r}; there are {', '.join(known)}")
+    if options.row is not None and (options.case is None or options.names != ["budgets"]):
+        sys.exit("--row goes with budgets and --case")
     if options.case is not None:
-        quality.only(options.case)
+        quality.only(options.case, options.row)
         if not quality.cases() or not {*options.names} <= {*WITH_CASES}:
             sys.exit(
                 f"no case {options.case!r}, or one of a benchmark that has none; {', '.join(WITH_CASES)} have cases"
@@ -74,7 +79,7 @@ def main() -> None:
         print(f"{name} …", file=sys.stderr)
         result = known[name]()
         for part in [result] if isinstance(result, dict) else result:
-            print(write(name, part, part=options.case is not None))
+            print(write(name, part, part=options.case is not None, row=options.row))
 
 
 if __name__ == "__main__":

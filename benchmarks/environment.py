@@ -12,8 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-# Under these names a result holds its cases, which a later run may measure again one by one.
+# Under these names a result holds its cases by name, which a later run may measure again one by one.
 CASES = ("cases", "models")
+PARTS = ("singles", "tables", "limits", "sizes")  # of mixtures: what is measured of a case is in several places
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -54,15 +55,16 @@ def write(name: str, result: dict[str, Any], *, part: bool = False, row: str | N
     if part and path.is_file():
         content = json.loads(path.read_text())
         known = content.setdefault("environments", {})
-        for cases in set(CASES) & result.keys():
-            for case, rows in result[cases].items():
-                if row is None:
-                    content[cases][case] = rows
-                    content["environments"] = known = {k: e for k, e in known.items() if not k.startswith(f"{case}, ")}
-                    known[case] = now
-                else:
-                    content[cases].setdefault(case, {}).update(rows)
-                    known.update({f"{case}, {name}": now for name in rows})
+        for under in {*CASES, *PARTS} & result.keys():
+            for case, rows in result[under].items():
+                if row is not None and under in CASES:
+                    content[under][case] = {**content[under].get(case, {}), **rows}
+                    known.update({f"{case}, {measured}": now for measured in rows})
+                    continue
+                content[under][case] = rows
+                for old in [key for key in known if under in CASES and key.startswith(f"{case}, ")]:
+                    del known[old]
+                known[case if under in CASES else f"{case}, {under}"] = now
     path.write_text(json.dumps(content, indent=2) + "\n")
     return path
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from quality import TOKENS, WINDOW, shared, tenpak
+from quality import TOKENS, WINDOW, selected, shared, tenpak, wanted
 
 from tenpak.allocation.solver import solve
 
@@ -48,19 +48,17 @@ LIMITS = (("--max-kl", "0.05"), ("--max-kl", "0.01"), ("--max-ppl-increase", "1%
 
 def run() -> Iterator[dict[str, Any]]:
     """The results so far, after each part."""
-    result: dict[str, Any] = {"window": WINDOW, "calibration_tokens": TOKENS, "solver": solver()}
+    result: dict[str, Any] = {"window": WINDOW, "calibration_tokens": TOKENS}
+    if wanted("solver"):
+        result["solver"] = solver()
     with tempfile.TemporaryDirectory(prefix="tenpak-mixtures-") as folder:
-        for name in SIZED:
+        for name in filter(selected, SIZED):
             case = Case(name, Path(folder) / name)
-            if name in MODELS:
-                result.setdefault("singles", {})[name] = case.singles()
-                yield result
-                result.setdefault("tables", {})[name] = case.tables()
-                yield result
-                result.setdefault("limits", {})[name] = case.limits()
-                yield result
-            result.setdefault("sizes", {})[name] = case.sizes()
-            yield result
+            parts = (case.singles, case.tables, case.limits, case.sizes) if name in MODELS else (case.sizes,)
+            for part in parts:
+                if wanted(part.__name__):
+                    result.setdefault(part.__name__, {})[name] = part()
+                    yield result
 
 
 class Case:

@@ -43,9 +43,14 @@ _row: str | None = None
 
 
 def only(words: str | None, row: str | None = None) -> None:
-    """Leave out the cases, and the rows of budgets, whose names do not hold these words; None for all."""
+    """Leave out the cases, and rows, whose names do not hold these words; None for all."""
     global _only, _row
     _only, _row = words, row
+
+
+def selected(case: str) -> bool:
+    """Whether a case is to be measured."""
+    return _only is None or _only in case
 
 
 def wanted(row: str) -> bool:
@@ -74,7 +79,7 @@ def cases() -> dict[str, tuple[Path, Path, Path]]:
     reference, wiki = ROOT / "models" / "ref-8m", shared() / "data" / "wikitext2_test.raw.txt"
     if reference.is_dir() and wiki.is_file():
         found[REFERENCE] = reference, reference / "texts" / "calibration.txt", wiki
-    return {name: paths for name, paths in found.items() if _only is None or _only in name}
+    return {name: paths for name, paths in found.items() if selected(name)}
 
 
 def run() -> Iterator[dict[str, Any]]:

@@ -6,7 +6,7 @@
     python benchmarks/run.py budgets --case ref-8m
                              only the cases whose names hold these words; the others keep the figures they have
     python benchmarks/run.py budgets --case ref-8m --row "web text"
-                             and of these only such rows
+                             and of these only such rows; with mixtures: such parts, as sizes or limits
 
 Then ``python benchmarks/render.py`` renders the tables that README and docs show.
 """
@@ -54,7 +54,8 @@ BENCHMARKS = {
     "seeds": seeds.run,
 }
 BY_NAME_ONLY = {"peers": peers.run, "frontier": frontier.run}
-WITH_CASES = ("quality", "feedback", "budgets", "rivals")
+WITH_CASES = ("quality", "feedback", "budgets", "rivals", "mixtures")
+WITH_ROWS = ("budgets", "mixtures")
 
 
 def main() -> None:
@@ -62,13 +63,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Run benchmarks.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(known))
     parser.add_argument("--case", help=f"only cases whose names hold this, of {', '.join(WITH_CASES)}")
-    parser.add_argument("--row", help="with budgets and --case: only rows whose names hold this")
+    parser.add_argument("--row", help=f"with --case and {' or '.join(WITH_ROWS)}: only rows whose names hold this")
     options = parser.parse_args()
     for name in options.names:
         if name not in known:
             sys.exit(f"no benchmark {name!r}; there are {', '.join(known)}")
-    if options.row is not None and (options.case is None or options.names != ["budgets"]):
-        sys.exit("--row goes with budgets and --case")
+    if options.row is not None and (options.case is None or not {*options.names} <= {*WITH_ROWS}):
+        sys.exit(f"--row goes with --case and {' or '.join(WITH_ROWS)}")
     if options.case is not None:
         quality.only(options.case, options.row)
         if not quality.cases() or not {*options.names} <= {*WITH_CASES}:

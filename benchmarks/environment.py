@@ -54,6 +54,7 @@ def write(name: str, result: dict[str, Any], *, part: bool = False, row: str | N
     content = {"environment": now, **result}
     if part and path.is_file():
         content = json.loads(path.read_text())
+        content |= {key: value for key, value in result.items() if key not in (*CASES, *PARTS)}
         known = content.setdefault("environments", {})
         for under in {*CASES, *PARTS} & result.keys():
             for case, rows in result[under].items():

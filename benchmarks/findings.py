@@ -26,7 +26,7 @@ def claims(result: dict[str, Any]) -> Iterator[Row]:
     models = list(result["models"].values())
     names = [case.partition(",")[0] for case in result["models"]]
     yield ("", "method", "recipe", "claimed", *(f"{name}: ×, perplexity, KL" for name in names), "verdict", "why")
-    for number, claim in enumerate(result["claims"]):
+    for claim in result["claims"]:
         ratio = "" if claim["ratio"] is None else f"{claim['ratio']:g}×"
         loss = "" if claim["loss"] is None else f"{claim['loss']:+.2%}"
         yield (
@@ -34,7 +34,7 @@ def claims(result: dict[str, Any]) -> Iterator[Row]:
             claim["name"].strip(),
             f"`{' '.join(claim['options']).removeprefix('--recipe ').removeprefix('dense --set ')}`",
             " ".join(part for part in (ratio, loss) if part),
-            *(_figures(list(rows.values())[number]) for rows in models),
+            *(_figures(rows[f"{claim['name']}: {' '.join(claim['options'])}"]) for rows in models),
             claim["verdict"],
             claim["why"],
         )

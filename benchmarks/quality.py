@@ -48,6 +48,11 @@ def only(words: str | None, row: str | None = None) -> None:
     _only, _row = words, row
 
 
+def limited() -> bool:
+    """Whether only some cases are wanted."""
+    return _only is not None
+
+
 def selected(case: str) -> bool:
     """Whether a case is to be measured."""
     return _only is None or _only in case

@@ -54,8 +54,8 @@ BENCHMARKS = {
     "seeds": seeds.run,
 }
 BY_NAME_ONLY = {"peers": peers.run, "frontier": frontier.run}
-WITH_CASES = ("quality", "feedback", "budgets", "rivals", "mixtures")
-WITH_ROWS = ("budgets", "mixtures")
+WITH_CASES = ("quality", "feedback", "budgets", "rivals", "mixtures", "seeds")
+WITH_ROWS = ("budgets", "mixtures", "seeds")
 
 
 def main() -> None:
@@ -63,13 +63,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Run benchmarks.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(known))
     parser.add_argument("--case", help=f"only cases whose names hold this, of {', '.join(WITH_CASES)}")
-    parser.add_argument("--row", help=f"with --case and {' or '.join(WITH_ROWS)}: only rows whose names hold this")
+    parser.add_argument("--row", help=f"with --case and {', '.join(WITH_ROWS)}: only rows whose names hold this")
     options = parser.parse_args()
     for name in options.names:
         if name not in known:
             sys.exit(f"no benchmark {name!r}; there are {', '.join(known)}")
     if options.row is not None and (options.case is None or not {*options.names} <= {*WITH_ROWS}):
-        sys.exit(f"--row goes with --case and {' or '.join(WITH_ROWS)}")
+        sys.exit(f"--row goes with --case and {', '.join(WITH_ROWS)}")
     if options.case is not None:
         quality.only(options.case, options.row)
         if not quality.cases() or not {*options.names} <= {*WITH_CASES}:

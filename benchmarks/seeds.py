@@ -11,6 +11,7 @@ on none; it *depends* otherwise. Claims are of models a thousand times larger, o
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quality import WINDOW, cases, compressed
+from environment import RESULTS
+from quality import WINDOW, cases, compressed, limited, wanted
 
 TOKENS = 32_768
 SLACK_RATIO, SLACK_LOSS, SLACK_POINT = 0.9, 2.0, 0.005
@@ -392,14 +394,23 @@ SCALING = (
 
 def run() -> Iterator[dict[str, Any]]:
     """The results so far, after each model."""
+    rows = [row for row in ROWS if wanted(row.name)]
     models: dict[str, Any] = {}
     for case, paths in chosen().items():
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            rows = list(pool.map(lambda row, paths=paths: measure(row, *paths), ROWS))
-        models[case] = {key(row): found for row, found in zip(ROWS, rows, strict=True)}
-        yield {"window": WINDOW, "calibration_tokens": TOKENS, "models": models, "claims": claims(models)}
-    result = {"window": WINDOW, "calibration_tokens": TOKENS, "models": models, "claims": claims(models)}
-    yield {**result, "scaling": scaling(models)}
+            found = list(pool.map(lambda row, paths=paths: measure(row, *paths), rows))
+        models[case] = {key(row): figures for row, figures in zip(rows, found, strict=True)}
+    known = with_others(models) if limited() else models
+    result = {"window": WINDOW, "calibration_tokens": TOKENS, "models": models, "claims": claims(known)}
+    yield result
+    if not limited():
+        yield {**result, "scaling": scaling(models)}
+
+
+def with_others(models: dict[str, Any]) -> dict[str, Any]:
+    """What was measured now, with what else is on record."""
+    on_record = json.loads((RESULTS / "seeds.json").read_text())["models"]
+    return {**on_record, **{case: {**on_record.get(case, {}), **rows} for case, rows in models.items()}}
 
 
 def scaling(models: dict[str, Any]) -> dict[str, Any]:

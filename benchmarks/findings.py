@@ -174,7 +174,8 @@ def pixel(result: dict[str, Any]) -> Iterator[Row]:
     for name in next(iter(models.values())):
         found = [rows[name] for rows in models.values()]
         figures = ((f"{r['ratio_fp32']:.2f}", f"{r['ppl_increase']:+.2%}", f"{r['kl']:.4f}") for r in found)
-        yield (f"`{name}`" if name.endswith(")") else name, *(cell for row in figures for cell in row))
+        said = next((end for end in (", to nearest", ", text of its own") if name.endswith(end)), "")
+        yield (f"`{name.removesuffix(said)}`{said}", *(cell for row in figures for cell in row))
 
 
 def _figures(row: dict[str, Any]) -> str:

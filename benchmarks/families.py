@@ -42,7 +42,7 @@ ROWS = {
         "gptq-int3:g128:search",
         "gptq-int3:g32:search",
     ),
-    "sparse24": (
+    "sparsehalf": (
         "sparse24-int4:g32",
         "sparse24-wanda-int4:g32",
         "sparse24-gptq-int4:g32",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 __all__ = [
@@ -146,36 +146,47 @@ def family(name: str, result: dict[str, Any]) -> Iterator[Row]:
     """Recipes of a family of codecs: whole weight files, by size on the first model."""
     recipes = result["tables"][name]
     models = {case: rows for case, rows in result["models"].items() if all(recipe in rows for recipe in recipes)}
-    heads = (f"{case.partition(',')[0]}: bytes | bits per weight | KL" for case in models)
-    yield ("recipe", *(cell for head in heads for cell in head.split(" | ")))
     first = next(iter(models.values()))
-    for recipe in sorted(recipes, key=lambda recipe: first[recipe]["bytes"]):
-        found = [rows[recipe] for rows in models.values()]
-        figures = ((f"{row['bytes']:,}", f"{row['bpw']:.2f}", f"{row['kl']:.4f}") for row in found)
-        yield (f"`{recipe}`", *(cell for row in figures for cell in row))
+    recipes = sorted(recipes, key=lambda recipe: first[recipe]["bytes"])
+
+    def figures(row: dict[str, Any]) -> Row:
+        return f"{row['bytes']:,}", f"{row['bpw']:.2f}", f"{row['kl']:.4f}"
+
+    return _beside(models, {recipe: f"`{recipe}`" for recipe in recipes}, ("bytes", "bits per weight", "KL"), figures)
 
 
 def coded(result: dict[str, Any]) -> Iterator[Row]:
     """What entropy coding saves of recipes of a fixed rate."""
     models = result["coded"]
-    heads = (f"{case.partition(',')[0]}: bits per weight | coded | saves" for case in models)
-    yield ("recipe", *(cell for head in heads for cell in head.split(" | ")))
-    for recipe in next(iter(models.values())):
-        found = [rows[recipe] for rows in models.values()]
-        figures = ((f"{r['bits']:.2f}", f"{r['coded']:.2f}", f"{1 - r['coded'] / r['bits']:.1%}") for r in found)
-        yield (f"`{recipe}`", *(cell for row in figures for cell in row))
+
+    def figures(row: dict[str, Any]) -> Row:
+        return f"{row['bits']:.2f}", f"{row['coded']:.2f}", f"{1 - row['coded'] / row['bits']:.1%}"
+
+    names = {recipe: f"`{recipe}`" for recipe in next(iter(models.values()))}
+    return _beside(models, names, ("bits per weight", "coded", "saves"), figures)
 
 
 def pixel(result: dict[str, Any]) -> Iterator[Row]:
     """What PIXEL's classes make of models."""
-    models = result["models"]
-    heads = (f"{case.partition(',')[0]}: × | perplexity | KL" for case in models)
-    yield ("", *(cell for head in heads for cell in head.split(" | ")))
+    models, names = result["models"], {}
     for name in next(iter(models.values())):
-        found = [rows[name] for rows in models.values()]
-        figures = ((f"{r['ratio_fp32']:.2f}", f"{r['ppl_increase']:+.2%}", f"{r['kl']:.4f}") for r in found)
         said = next((end for end in (", to nearest", ", text of its own") if name.endswith(end)), "")
-        yield (f"`{name.removesuffix(said)}`{said}", *(cell for row in figures for cell in row))
+        names[name] = f"`{name.removesuffix(said)}`{said}"
+
+    def figures(row: dict[str, Any]) -> Row:
+        return f"{row['ratio_fp32']:.2f}", f"{row['ppl_increase']:+.2%}", f"{row['kl']:.4f}"
+
+    return _beside(models, names, ("×", "perplexity", "KL"), figures)
+
+
+def _beside(
+    models: dict[str, dict[str, Any]], names: dict[str, str], columns: Row, figures: Callable[[dict[str, Any]], Row]
+) -> Iterator[Row]:
+    """A row for each name, which the table has in another form; all columns for each model."""
+    heads = ((f"{case.partition(',')[0]}: {columns[0]}", *columns[1:]) for case in models)
+    yield ("", *(cell for head in heads for cell in head))
+    for name, shown in names.items():
+        yield (shown, *(cell for rows in models.values() for cell in figures(rows[name])))
 
 
 def _figures(row: dict[str, Any]) -> str:

@@ -446,13 +446,10 @@ TABLES = {
     "sizes": partial(of, "mixtures", findings.sizes),
     "limits": partial(of, "mixtures", findings.limits),
     "solver": partial(of, "mixtures", findings.solver),
-    "lowrank": partial(of, "families", partial(findings.family, "lowrank")),
-    "sparsehalf": partial(of, "families", partial(findings.family, "sparse24")),
-    "sparse": partial(of, "families", partial(findings.family, "sparse")),
-    "pattern": partial(of, "families", partial(findings.family, "pattern")),
-    "vector": partial(of, "families", partial(findings.family, "vector")),
-    "shared": partial(of, "families", partial(findings.family, "shared")),
-    "additive": partial(of, "families", partial(findings.family, "additive")),
+    **{
+        name: partial(of, "families", partial(findings.family, name))
+        for name in ("lowrank", "sparsehalf", "sparse", "pattern", "vector", "shared", "additive")
+    },
     "coded": partial(of, "families", findings.coded),
     "pixel": partial(of, "pixel", findings.pixel),
 }

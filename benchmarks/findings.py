@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 __all__ = [
-    "claims", "coded", "family", "limits", "pixel", "same_bytes", "scaling", "single_recipes", "sizes", "solver",
+    "claims", "coded", "family", "key", "limits", "pixel", "same_bytes", "scaling", "single_recipes", "sizes", "solver",
     "tables",
 ]  # fmt: skip
 
@@ -19,6 +19,11 @@ PAIRS = {
     "INT3 g32": "INT3 g32, with feedback",
     "2:4 + INT4": "2:4 + INT4, with feedback",
 }
+
+
+def key(claim: dict[str, Any]) -> str:
+    """Under what a claim's figures are found."""
+    return f"{claim['name']}: {' '.join(claim['options'])}"
 
 
 def claims(result: dict[str, Any]) -> Iterator[Row]:
@@ -34,7 +39,7 @@ def claims(result: dict[str, Any]) -> Iterator[Row]:
             claim["name"].strip(),
             f"`{' '.join(claim['options']).removeprefix('--recipe ').removeprefix('dense --set ')}`",
             " ".join(part for part in (ratio, loss) if part),
-            *(_figures(rows[f"{claim['name']}: {' '.join(claim['options'])}"]) for rows in models),
+            *(_figures(rows[key(claim)]) for rows in models),
             claim["verdict"],
             claim["why"],
         )
@@ -52,7 +57,7 @@ def same_bytes(result: dict[str, Any]) -> Iterator[Row]:
         "times less",
     )
     for case, rows in result["models"].items():
-        by_name = {claim["name"]: row for claim, row in zip(result["claims"], rows.values(), strict=True)}
+        by_name = {claim["name"]: rows[key(claim)] for claim in result["claims"]}
         for plain, better in PAIRS.items():
             a, b = by_name[plain], by_name[better]
             yield (

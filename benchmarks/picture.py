@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from findings import key
+
 __all__ = ["findings", "frontier"]
 
 WIDTH, HEIGHT = 760, 460
@@ -44,7 +46,8 @@ def findings(result: dict[str, Any]) -> str:
     """KL by bits per weight of every recipe for whole models, on the larger model."""
     case, rows = list(result["models"].items())[-1]
     series: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for claim, row in zip(result["claims"], rows.values(), strict=True):
+    for claim in result["claims"]:
+        row = rows[key(claim)]
         if "dense" not in claim["options"]:
             series[family(claim["options"])].append((row["bpw"], row["kl"]))
     ordered = {name: series[name] for name in STYLES if name in series}

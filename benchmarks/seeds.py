@@ -319,7 +319,7 @@ ROWS = (
         _recipe("mag-lowrank64+vq4x256:magnitude+sparse5%-wanda-int8:row"),
         None,
         None,
-        "Weighing what is left by its inputs is worth more than five times as many values chosen by size.",
+        "Weighing what is left by its inputs does what five times as many values chosen by size do.",
     ),
     Row(
         "C",

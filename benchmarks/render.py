@@ -159,7 +159,9 @@ def speed() -> str:
 
 def millions(value: float | None) -> str:
     """Empty where it was not measured."""
-    return "" if value is None else f"{value / 1e6:.3g}"
+    if value is None:
+        return ""
+    return f"{value / 1e6:,.0f}" if value >= 1e8 else f"{value / 1e6:.3g}"
 
 
 def large() -> str:

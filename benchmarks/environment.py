@@ -58,14 +58,17 @@ def write(name: str, result: dict[str, Any], *, part: bool = False, row: str | N
         known = content.setdefault("environments", {})
         for under in {*CASES, *PARTS} & result.keys():
             for case, rows in result[under].items():
-                if row is not None and under in CASES:
-                    content[under][case] = {**content[under].get(case, {}), **rows}
+                if under in PARTS:
+                    content[under][case] = rows
+                    known[f"{case}, {under}"] = now
+                elif row is not None:
+                    content[under].setdefault(case, {}).update(rows)
                     known.update({f"{case}, {measured}": now for measured in rows})
-                    continue
-                content[under][case] = rows
-                for old in [key for key in known if under in CASES and key.startswith(f"{case}, ")]:
-                    del known[old]
-                known[case if under in CASES else f"{case}, {under}"] = now
+                else:
+                    content[under][case] = rows
+                    for key in [key for key in known if key.startswith(f"{case}, ")]:
+                        del known[key]
+                    known[case] = now
     path.write_text(json.dumps(content, indent=2) + "\n")
     return path
 

@@ -2,7 +2,7 @@
 
 Whole artifacts: the recipe for the matrices of the blocks, embeddings in INT8, every byte counted; the model and texts
 are those of ``quality``, with half as much calibration. A recipe that stands in several tables is measured once. What
-``entropycoded/1`` saves needs no text: nothing is lost.
+``entropycoded/1`` saves needs no evaluation: nothing is lost.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TOKENS = 32_768
 SMALL, LARGER = "babyllama-tok105-0.94m, stories", "tinystories-3.7m, stories"
 
 _SUM = "mag-lowrank64+vq4x256:magnitude"
-# Table → recipes, in the order in which it is read.
+# Table → recipes.
 ROWS = {
     "lowrank": (
         "plain-lowrank:bpw=4:int4",
@@ -102,6 +102,7 @@ BOTH = {
         "aq4x8x64",
     ),
 }
+TABLES = {**ROWS, **BOTH}
 CODED = ("int2:g32", "int3:g32", "int4:g32", "int4:g128:sym", "nf4:g64", "int8:row", "bf16", "gptq-int4:g32")
 
 
@@ -110,19 +111,19 @@ def run() -> Iterator[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     coded: dict[str, dict[str, Any]] = {}
     here = cases()
-    for case, tables in ((SMALL, {**ROWS, **BOTH}), (LARGER, BOTH)):
+    for case, tables in ((SMALL, TABLES), (LARGER, BOTH)):
         if case not in here:
             sys.exit(f"families: {case} needs the shared models and texts")
         recipes = list(dict.fromkeys(recipe for rows in tables.values() for recipe in rows))
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             rows = pool.map(lambda recipe, paths=here[case]: measure(recipe, *paths), recipes)
             found[case] = dict(zip(recipes, rows, strict=True))
-            saved = pool.map(lambda recipe, paths=here[case]: savings(recipe, *paths), CODED)
+            saved = pool.map(lambda recipe, paths=here[case]: savings(recipe, *paths[:2]), CODED)
             coded[case] = dict(zip(CODED, saved, strict=True))
         yield {
             "window": WINDOW,
             "calibration_tokens": TOKENS,
-            "tables": {**ROWS, **BOTH},
+            "tables": TABLES,
             "models": found,
             "coded": coded,
         }
@@ -135,9 +136,8 @@ def measure(recipe: str, model: Path, calibration: Path, text: Path) -> dict[str
     return {name: found[name] for name in ("bytes", "bpw", "kl", "kl_se", "ppl_increase", "ppl_increase_se")}
 
 
-def savings(recipe: str, model: Path, calibration: Path, text: Path) -> dict[str, float]:
+def savings(recipe: str, model: Path, calibration: Path) -> dict[str, float]:
     """Bits per weight, plain and entropy-coded: of all matrices, of those of the blocks where text is read."""
-    del text
     blocks = recipe.startswith("gptq-")
     read = ("--calibration", calibration, "--calibration-tokens", str(TOKENS), "--calibration-window", str(WINDOW))
     bits = {}

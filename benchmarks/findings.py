@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 __all__ = [
@@ -21,9 +21,9 @@ PAIRS = {
 }
 
 
-def key(claim: dict[str, Any]) -> str:
-    """Under what a claim's figures are found."""
-    return f"{claim['name']}: {' '.join(claim['options'])}"
+def key(name: str, options: Iterable[str]) -> str:
+    """Under what the figures of a claim are found: a name that is its own, "…" goes on from the claim before."""
+    return f"{name}: {' '.join(options)}"
 
 
 def claims(result: dict[str, Any]) -> Iterator[Row]:
@@ -39,7 +39,7 @@ def claims(result: dict[str, Any]) -> Iterator[Row]:
             claim["name"].strip(),
             f"`{' '.join(claim['options']).removeprefix('--recipe ').removeprefix('dense --set ')}`",
             " ".join(part for part in (ratio, loss) if part),
-            *(_figures(rows[key(claim)]) for rows in models),
+            *(_figures(rows[key(claim["name"], claim["options"])]) for rows in models),
             claim["verdict"],
             claim["why"],
         )
@@ -57,7 +57,7 @@ def same_bytes(result: dict[str, Any]) -> Iterator[Row]:
         "times less",
     )
     for case, rows in result["models"].items():
-        by_name = {claim["name"]: rows[key(claim)] for claim in result["claims"]}
+        by_name = {claim["name"]: rows[key(claim["name"], claim["options"])] for claim in result["claims"]}
         for plain, better in PAIRS.items():
             a, b = by_name[plain], by_name[better]
             yield (

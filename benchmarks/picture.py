@@ -47,7 +47,7 @@ def findings(result: dict[str, Any]) -> str:
     case, rows = list(result["models"].items())[-1]
     series: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for claim in result["claims"]:
-        row = rows[key(claim)]
+        row = rows[key(claim["name"], claim["options"])]
         if "dense" not in claim["options"]:
             series[family(claim["options"])].append((row["bpw"], row["kl"]))
     ordered = {name: series[name] for name in STYLES if name in series}

@@ -63,7 +63,7 @@ HEADLINE = (
 def headline() -> str:
     """The bundled model on its own text."""
     rows = load("quality")["cases"][BUNDLED]
-    return quality_table({name: rows[name] for name in HEADLINE if name in rows})
+    return quality_table({name: rows[name] for name in HEADLINE})
 
 
 def feedback() -> str:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from environment import RESULTS
+from findings import key
 from quality import WINDOW, cases, compressed, limited, wanted
 
 TOKENS = 32_768
@@ -46,6 +47,11 @@ class Row:
     ratio: float | None
     loss: float | None
     why: str
+
+    @property
+    def key(self) -> str:
+        """Under what its figures are kept."""
+        return key(self.name, self.options)
 
 
 def _recipe(recipe: str, *more: str) -> tuple[str, ...]:
@@ -399,7 +405,7 @@ def run() -> Iterator[dict[str, Any]]:
     for case, paths in chosen().items():
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             found = list(pool.map(lambda row, paths=paths: measure(row, *paths), rows))
-        models[case] = {key(row): figures for row, figures in zip(rows, found, strict=True)}
+        models[case] = {row.key: figures for row, figures in zip(rows, found, strict=True)}
     known = with_others(models) if limited() else models
     result = {"window": WINDOW, "calibration_tokens": TOKENS, "models": models, "claims": claims(known)}
     yield result
@@ -415,7 +421,7 @@ def with_others(models: dict[str, Any]) -> dict[str, Any]:
 
 def scaling(models: dict[str, Any]) -> dict[str, Any]:
     """The same recipes on models of rising size: name → recipe → figures."""
-    found = {case: {row.name: rows[key(row)] for row in ROWS if row.name in SCALING} for case, rows in models.items()}
+    found = {case: {row.name: rows[row.key] for row in ROWS if row.name in SCALING} for case, rows in models.items()}
     smallest = next((case for case in cases() if case.startswith("stories260k")), None)
     if smallest is None or "MODELS" in os.environ:
         return found
@@ -435,15 +441,10 @@ def chosen() -> dict[str, tuple[Path, Path, Path]]:
     return {case: paths for case, paths in known.items() if case.startswith(("babyllama", "tinystories-3.7m, stories"))}
 
 
-def key(row: Row) -> str:
-    """A name that is a row's own: "…" goes on from the row before."""
-    return f"{row.name}: {' '.join(row.options)}"
-
-
 def measure(row: Row, model: Path, calibration: Path, text: Path) -> dict[str, Any]:
     """A row on a model: compressed and evaluated, each in a process of its own."""
     report, found = compressed(model, row.options, calibration, text, TOKENS)
-    print(f"{model.name}: {key(row)}: {found['ratio_fp32']:.2f}x, KL {found['kl']:.5f}", file=sys.stderr)
+    print(f"{model.name}: {row.key}: {found['ratio_fp32']:.2f}x, KL {found['kl']:.5f}", file=sys.stderr)
     names = ("bytes", "bpw", "ratio_fp32", "kl", "kl_se", "ppl_increase", "ppl_increase_se")
     return {**{name: found[name] for name in names}, "seconds": report["seconds"]}
 
@@ -458,7 +459,7 @@ def claims(models: dict[str, Any]) -> list[dict[str, Any]]:
             "ratio": row.ratio,
             "loss": row.loss,
             "why": row.why,
-            "verdict": verdict(row, [found[key(row)] for found in models.values()]),
+            "verdict": verdict(row, [found[row.key] for found in models.values()]),
         }
         for row in ROWS
     ]
